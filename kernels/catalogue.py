@@ -1,0 +1,8 @@
+"""The list of ops: one line each. Tests, benchmarks, docs and the tuner iterate it."""
+
+from __future__ import annotations
+
+from kernels.op import Op
+from kernels.scan import OP as SCAN
+
+OPS: dict[str, Op] = {op.name: op for op in (SCAN,)}

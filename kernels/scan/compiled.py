@@ -1,0 +1,181 @@
+"""The scan in chunks of plain PyTorch under torch.compile, for every device that Inductor knows.
+
+Time is cut into chunks of C rows. Two small functions do everything, each one generated kernel:
+
+    summary   what a chunk does to the state that enters it:  state -> A state + X
+    outputs   the rows of every chunk, given the state that enters it
+
+and the states between chunks are the scan of the summaries (A, X): the same problem, C times shorter. So there are
+2 log_C(T) launches, all of them parallel over chunks, and 5/3 of the least bytes. Both functions are compiled once for
+all lengths. Where there is no compiler, and by default on CPU, where generating the code takes Inductor longer than most
+programs would gain, they run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import inductor
+from kernels.packing import Packing
+from kernels.problem import Problem, state_dtype
+from kernels.scan.pairs import conjugate, multiply, ones
+
+
+def configs(problem: Problem) -> Sequence[Mapping[str, int]]:
+    if problem.device.type == "cpu":
+        eager = [{"chunk": 16, "inductor": 0}]
+        return eager if inductor.reason("cpu") else [*eager, {"chunk": 4, "inductor": 1}]
+    return [{"chunk": 16, "inductor": 1}, {"chunk": 8, "inductor": 1}, {"chunk": 32, "inductor": 1}]
+
+
+def summary(a: Tensor, x: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    """A, X [B, n, D] of chunks a, x [B, n, C, D]: A = product of a, X = the chunk's last state from zero."""
+    order = range(a.shape[2])[:: -1 if reverse else 1]
+    dtype = state_dtype(x.dtype)
+    a_rows, x_rows = [a[:, :, c].to(dtype) for c in order], [x[:, :, c].to(dtype) for c in order]
+    A, X = a_rows[0], x_rows[0]
+    for a_row, x_row in zip(a_rows[1:], x_rows[1:]):
+        A, X = multiply(a_row, A, pairs), multiply(a_row, X, pairs) + x_row
+    return A, X
+
+
+def outputs(a: Tensor, x: Tensor, entering: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    """h [B, n, C, D] in x's dtype, and the state [B, n, D] that leaves each chunk."""
+    chunk = a.shape[2]
+    rows: list[Tensor] = [entering] * chunk
+    state = entering
+    for c in range(chunk)[:: -1 if reverse else 1]:
+        state = multiply(a[:, :, c].to(entering.dtype), state, pairs) + x[:, :, c].to(entering.dtype)
+        rows[c] = state.to(x.dtype)
+    return torch.stack(rows, 2), state
+
+
+def summary_backward(a: Tensor, dh: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The summary of c[t] = conj(a[t]) (dh[t] + c[t+1]), which runs against time."""
+    dtype = state_dtype(dh.dtype)
+    A, X = None, None
+    for c in range(a.shape[2])[:: 1 if reverse else -1]:
+        decay, gradient = conjugate(a[:, :, c].to(dtype), pairs), dh[:, :, c].to(dtype)
+        A = decay if A is None else multiply(decay, A, pairs)
+        X = multiply(decay, gradient if X is None else gradient + X, pairs)
+    assert A is not None
+    assert X is not None
+    return A, X
+
+
+def outputs_backward(
+    a: Tensor, dh: Tensor, h: Tensor, before: Tensor, entering: Tensor, pairs: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """da, dx [B, n, C, D] and c [B, n, D] leaving each chunk; `before`: h before each chunk's first row in time."""
+    chunk, dtype = a.shape[2], entering.dtype
+    das, dxs = [entering] * chunk, [entering] * chunk
+    carried, step = entering, -1 if reverse else 1
+    for c in range(chunk)[::-step]:
+        g = dh[:, :, c].to(dtype) + carried
+        previous = h[:, :, c - step].to(dtype) if 0 <= c - step < chunk else before.to(dtype)
+        das[c] = multiply(g, conjugate(previous, pairs), pairs).to(a.dtype)
+        dxs[c] = g.to(h.dtype)
+        carried = multiply(conjugate(a[:, :, c].to(dtype), pairs), g, pairs)
+    return torch.stack(das, 2), torch.stack(dxs, 2), carried
+
+
+def chunks(rows: Tensor, chunk: int, fill: Tensor | float = 0.0) -> Tensor:
+    """[B, T, ...] as [B, n, C, ...]; past the end with `fill`, which leaves a state as it is."""
+    missing = -rows.shape[1] % chunk
+    if missing:
+        tail = torch.zeros_like(rows[:, :1]) + fill
+        rows = torch.cat([rows, tail.expand(-1, missing, *rows.shape[2:])], 1)
+    return rows.unflatten(1, (-1, chunk))
+
+
+def states(A: Tensor, X: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """The state that enters each of the chunks with summaries A, X [B, n, D], and the one that leaves the last."""
+    n = A.shape[1]
+    if n == 1:
+        return initial[:, None], multiply(A[:, 0], initial, pairs) + X[:, 0]
+    leaving, final = chunked(A, X, initial, pairs, reverse, config)
+    if reverse:
+        return torch.cat([leaving[:, 1:], initial[:, None]], 1), final
+    return torch.cat([initial[:, None], leaving[:, :-1]], 1), final
+
+
+def chunked(a: Tensor, x: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """h [B, T, D] in x's dtype and the final state [B, D]."""
+    length, chunk = x.shape[1], config["chunk"]
+    a, x = chunks(a, chunk, ones(a[:, :1], pairs)), chunks(x, chunk)
+    entering, final = initial[:, None], None
+    if a.shape[1] > 1:
+        A, X = _run(summary, config, a, x, pairs=pairs, reverse=reverse)
+        entering, final = states(A, X, initial, pairs, reverse, config)
+    h, leaving = _run(outputs, config, a, x, entering, pairs=pairs, reverse=reverse)
+    return h.flatten(1, 2)[:, :length], leaving[:, 0] if final is None else final
+
+
+def _run(function: Callable[..., Any], config: Mapping[str, int], *tensors: Tensor, **flags: bool) -> Any:
+    return inductor.compiled(function, *tensors, **flags) if config["inductor"] else function(*tensors, **flags)
+
+
+def forward(
+    a: Tensor, x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, *, reverse: bool, config: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
+    pairs, packing = x.ndim == 4, Packing.of(x, cu_seqlens, reverse)
+    initial = packing.given(initial_state, x)
+    if cu_seqlens is None:
+        h, final = chunked(a, x, initial, pairs, reverse, config)
+        return h.contiguous(), final.clone()
+    # a sequence's first row forgets what came before and remembers its own initial state instead
+    first, dtype = packing.spread(packing.first_rows(), x), initial.dtype
+    entering = multiply(a.to(dtype), packing.of_each_row(initial), pairs)
+    rows = torch.where(first, x.to(dtype) + entering, x.to(dtype))
+    h, _ = chunked(a.masked_fill(first, 0), rows, torch.zeros_like(initial[:1]), pairs, reverse, config)
+    return h.to(x.dtype).contiguous(), packing.unless_empty(packing.at_last_rows(h), initial).clone()
+
+
+def backward(
+    dh: Tensor | None,
+    dfinal_state: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    reverse: bool,
+    needs: tuple[bool, ...],
+    config: Mapping[str, int],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    pairs, packing, chunk, length = h.ndim == 4, Packing.of(h, cu_seqlens, reverse), config["chunk"], h.shape[1]
+    initial, dfinal = packing.given(initial_state, h), packing.given(dfinal_state, h)
+    dh = torch.zeros_like(h) if dh is None else dh
+    inner, entering = a, dfinal
+    if cu_seqlens is not None:
+        # nothing is carried over a border: the gradient of each final state enters with its last row's own
+        first, last = packing.spread(packing.first_rows(), h), packing.spread(packing.last_rows(), h)
+        dh = torch.where(last, dh.to(dfinal.dtype) + packing.of_each_row(dfinal), dh.to(dfinal.dtype))
+        inner, entering = a.masked_fill(first, 0), torch.zeros_like(dfinal[:1])
+    a_chunks, dh_chunks = chunks(inner, chunk, ones(a[:, :1], pairs)), chunks(dh, chunk)
+    start = initial if cu_seqlens is None else torch.zeros_like(entering)
+    h_chunks = chunks(h, chunk, start[:, None].to(h.dtype))
+    n = h_chunks.shape[1]
+    if n == 1:
+        carried = entering[:, None]
+    else:
+        A, X = _run(summary_backward, config, a_chunks, dh_chunks, pairs=pairs, reverse=reverse)
+        carried, _ = states(A, X, entering, pairs, not reverse, config)
+    if reverse:
+        before = torch.cat([h_chunks[:, 1:, 0].to(start.dtype), start[:, None]], 1)
+    else:
+        before = torch.cat([start[:, None], h_chunks[:, :-1, -1].to(start.dtype)], 1)
+    da, dx, c = _run(outputs_backward, config, a_chunks, dh_chunks, h_chunks, before, carried, pairs=pairs, reverse=reverse)
+    da, dx = da.flatten(1, 2)[:, :length], dx.flatten(1, 2)[:, :length]
+    dinitial = c[:, -1 if reverse else 0]
+    if cu_seqlens is not None:
+        g, starts = dx.to(dfinal.dtype), packing.of_each_row(initial)
+        da = torch.where(first, multiply(g, conjugate(starts, pairs), pairs).to(da.dtype), da)
+        dinitial = packing.at_first_rows(multiply(conjugate(a.to(g.dtype), pairs), g, pairs))
+        dinitial = packing.unless_empty(dinitial, dfinal)
+    return da.contiguous() if needs[0] else None, dx.contiguous() if needs[1] else None, dinitial.clone() if needs[2] else None
