@@ -102,9 +102,12 @@ def test_the_device_is_waited_for_on_both_sides_of_a_sample(bench: Bench) -> Non
         bench.now += queued[0]
         queued[0] = 0.0
 
+    # What others have queued before does not count.
     queued[0] = 50.0
-    timings = measure([launch], rounds=3, synchronize=wait, clock=bench.clock)
-    assert timings == [Timing(2.0, 0.0, 3)]
+    interleaved = Interleaved([launch], synchronize=wait, clock=bench.clock)
+    interleaved.rounds(3)
+    assert interleaved.timings == [Timing(2.0, 0.0, 3)]
+    assert bench.now == 56.0
 
 
 def test_a_run_that_raises_is_taken_out_and_told(bench: Bench) -> None:
