@@ -1,1 +1,15 @@
-"""x"""
+"""Sequence mixers behind one interface: `mixers.build("hgrn", dim=512)`.
+
+y, state = mixer(x, state=None, cu_seqlens=None), x and y [B, T, dim]; see `mixers.mixer.SequenceMixer`.
+"""
+
+from __future__ import annotations
+
+from mixers.hgrn import HGRN
+from mixers.mingru import MinGRU
+from mixers.mixer import SequenceMixer
+from mixers.registry import build, describe, names, register
+from mixers.rglru import RGLRU
+from mixers.stack import Stack
+
+__all__ = ["HGRN", "RGLRU", "MinGRU", "SequenceMixer", "Stack", "build", "describe", "names", "register"]

@@ -1,0 +1,169 @@
+"""HGRN: the hierarchically gated recurrent neural network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels.problem import state_dtype
+from kernels.scan import scan
+from mixers.mixer import SequenceMixer
+from mixers.parts import choice, norm
+from mixers.registry import register
+
+
+@register
+class HGRN(SequenceMixer):
+    """Hierarchically gated recurrent network: an element-wise linear RNN with a forget gate that is bounded from below.
+
+        c_t = SiLU(W_i x_t),   λ_t = γ + (1 − γ) σ(W_f x_t),   g_t = SiLU(W_g x_t)
+        h_t = λ_t e^{iθ} h_{t−1} + (1 − λ_t) c_t
+        y_t = W_o (norm(h_t) ⊙ g_t)
+
+    θ is learned, does not depend on the data, and starts at θ_j = 10000^(−2j/D). With complex=False there is no θ and
+    all is real. γ [D] is the lower bound: a `Stack` gives each of its HGRN layers its own, growing with depth. The
+    gates are computed in float32, 1 − λ as (1 − γ) σ(−W_f x): no cancellation in bfloat16.
+
+    Shapes: x, y [B, T, dim]; state {"h": [B, D, 2] (complex, as pairs) or [B, D]}, D = expand · dim, in float32
+    (float64 for float64 x); with short_conv = W also "conv_i", "conv_f": the last W − 1 inputs.
+    Cost: 7 dim² (complex) or 4 dim² multiplications a token at expand = 1; the state does not grow with T.
+
+    Args:
+        dim: width of x and y.
+        complex: complex state, as in every published result of the paper; False: the real variant.
+        expand: state channels per dim.
+        norm: "layer" (the paper) or "rms" (flash-linear-attention), over [Re h | Im h].
+        gate_first: norm(h ⊙ g) instead of norm(h) ⊙ g, as the paper's figure has it (its code does not).
+        bias: biases in all projections.
+        short_conv: width of a causal depthwise convolution on the projections i and f; 0 for none.
+        lower_bound: γ: None (0), a number, a tensor [D], or anything callable that returns one.
+        bidirectional: a second, reversed scan with a θ of its own, summed with the first before the norm.
+        backend: of the scan; see `kernels.scan.scan`.
+
+    Source: Qin, Yang, Zhong, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", arXiv 2311.04823;
+    github.com/OpenNLPLab/HGRN.
+    """
+
+    family = "element-wise linear RNN"
+    source = "arXiv 2311.04823"
+    ops = ("scan",)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        complex: bool = True,
+        expand: int = 1,
+        norm: str = "layer",
+        gate_first: bool = False,
+        bias: bool = True,
+        short_conv: int = 0,
+        lower_bound: float | Tensor | Callable[[], Tensor] | None = None,
+        bidirectional: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if short_conv and bidirectional:
+            raise ValueError("hgrn: short_conv looks back in time only; it cannot be combined with bidirectional=True")
+        self.dim, self.width, self.complex = dim, dim * expand, complex
+        self.causal, self.gate_first, self.backend = not bidirectional, gate_first, backend
+        numbers = self.width * (2 if complex else 1)
+        self.i_proj = nn.Linear(dim, numbers, bias=bias)
+        self.f_proj = nn.Linear(dim, self.width, bias=bias)
+        self.g_proj = nn.Linear(dim, numbers, bias=bias)
+        self.o_proj = nn.Linear(numbers, dim, bias=bias)
+        self.norm = _norm(norm, numbers)
+        if complex:
+            theta = 10000.0 ** (-2 * torch.arange(self.width) / self.width)
+            self.theta = nn.Parameter(theta.expand(1 if self.causal else 2, -1).clone())
+        self.short_conv = short_conv
+        if short_conv:
+            bound = short_conv**-0.5
+            self.i_conv = nn.Parameter(torch.empty(numbers, short_conv).uniform_(-bound, bound))
+            self.f_conv = nn.Parameter(torch.empty(self.width, short_conv).uniform_(-bound, bound))
+        self._set_lower_bound(lower_bound)
+
+    def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        weight = self.f_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        shape = (batch, self.width, 2) if self.complex else (batch, self.width)
+        state = {"h": torch.zeros(shape, device=device, dtype=state_dtype(dtype))}
+        if self.short_conv:
+            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+            for name, conv in (("conv_i", self.i_conv), ("conv_f", self.f_conv)):
+                state[name] = torch.zeros(batch, self.short_conv - 1, conv.shape[0], device=device, dtype=dtype)
+        return state
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        i, f, g = self.i_proj(x), self.f_proj(x), self.g_proj(x)
+        after: dict[str, Tensor] = {}
+        if self.short_conv:
+            i, after["conv_i"] = _convolve(i, self.i_conv, state["conv_i"], cu_seqlens)
+            f, after["conv_f"] = _convolve(f, self.f_conv, state["conv_f"], cu_seqlens)
+        decay, c = self.gates(i, f)
+        h, after["h"] = self.scan(decay, c, state["h"] if self.causal else None, 0, cu_seqlens)
+        if not self.causal:
+            h = h + self.scan(decay, c, None, 1, cu_seqlens)[0]
+        if self.complex:
+            h = rearrange(h, "b t d pair -> b t (pair d)")
+        g = F.silu(g)
+        h = self.norm(h * g) if self.gate_first else self.norm(h) * g
+        return self.o_proj(h), after if self.causal else None
+
+    def gates(self, i: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """λ [B, T, D] in float32 or wider, and the scan's input (1 − λ) SiLU(i) in i's dtype."""
+        wide = state_dtype(f.dtype)
+        c, f = F.silu(i.to(wide)), f.to(wide)
+        bound = self.lower_bound()
+        rest = (1 - bound.to(wide)) if isinstance(bound, Tensor) else 1 - bound
+        decay, remainder = bound + rest * torch.sigmoid(f), rest * torch.sigmoid(-f)
+        if self.complex:
+            # the projection's rows are interleaved: real and imaginary part of channel j are rows 2j and 2j + 1
+            c, remainder = rearrange(c, "b t (d pair) -> b t d pair", pair=2), remainder[..., None]
+        return decay, (remainder * c).to(i.dtype)
+
+    def scan(
+        self, decay: Tensor, c: Tensor, h: Tensor | None, direction: int, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.complex:
+            theta = self.theta[direction].to(decay.dtype)
+            decay = torch.stack((decay * theta.cos(), decay * theta.sin()), -1)
+        return scan(decay, c, h, reverse=direction == 1, cu_seqlens=cu_seqlens, backend=self.backend)
+
+    def lower_bound(self) -> Tensor | float:
+        """γ: a number, or [D]."""
+        bound = self._lower_bound[0]
+        return bound() if callable(bound) else self.fixed_bound if bound is None else bound
+
+    def _set_lower_bound(self, bound: float | Tensor | Callable[[], Tensor] | None) -> None:
+        if isinstance(bound, Tensor):
+            if bound.shape != (self.width,):
+                raise ValueError(f"hgrn: lower_bound has shape {list(bound.shape)}, expected [{self.width}]")
+            if isinstance(bound, nn.Parameter):
+                self.fixed_bound = bound
+            else:
+                self.register_buffer("fixed_bound", bound.detach().clone())
+            bound = None
+        elif bound is None:
+            bound = 0.0
+        elif isinstance(bound, nn.Module):
+            self.bound = bound
+        elif not callable(bound) and not 0 <= bound < 1:
+            raise ValueError(f"hgrn: lower_bound is {bound}, expected 0 <= lower_bound < 1")
+        # in a tuple, so that bounds shared between layers belong to the Stack that owns them, not to every layer
+        self._lower_bound = (bound,)
+
+
+def _norm(kind: str, numbers: int) -> nn.Module:
+    return norm(choice("hgrn", "norm", kind, ("layer", "rms")), numbers)
+
+
+def _convolve(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    from kernels.short_conv import short_conv
+
+    return short_conv(x, weight.to(x.dtype), None, state, cu_seqlens=cu_seqlens)

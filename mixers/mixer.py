@@ -1,0 +1,113 @@
+"""SequenceMixer: the contract that every layer of the library keeps."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mixers.state import State, leaves
+
+
+class SequenceMixer(nn.Module):
+    """A layer that mixes a sequence over time: `y, state = mixer(x, state=None, *, cu_seqlens=None)`.
+
+    x, y are [B, T, dim] for any T >= 1; one token (T = 1) is decoding. The state that comes out goes into the next call
+    and continues the sequence as if it had never been cut. `cu_seqlens` [N + 1] packs N sequences into a batch of one:
+    nothing crosses a border, a sequence may be empty, and the state has batch N.
+
+    A subclass writes `__init__(self, dim, *, options)`, `init_state` and `mix`. Where `causal` is False (bidirectional
+    mixers) there is no state: it is returned as None, and passing one raises.
+    """
+
+    family: ClassVar[str] = "other"
+    source: ClassVar[str] = ""
+    ops: ClassVar[tuple[str, ...]] = ()
+
+    dim: int
+    causal: bool = True
+    _config: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _remember_arguments(cls.__init__)  # type: ignore[method-assign]
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        """The layer's equation: y [B, T, dim] and the state after it. `state` is None only if the mixer has none."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+        """The state before the first token, of `batch` sequences. device and dtype (of x) default to the parameters'."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Mixes x [B, T, dim] over time, from `state` (None: the initial one) to the state returned.
+
+        Raises:
+            ValueError: x, state or cu_seqlens do not fit; the message names the mixer, the axis and both values.
+        """
+        self._check(x, state, cu_seqlens)
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is None and self.causal:
+            state = self.init_state(batch, device=x.device, dtype=x.dtype)
+        return self.mix(x, state, cu_seqlens)
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build this mixer again: `mixers.build(**mixer.config())`."""
+        return {"name": getattr(type(self), "registered_name", type(self).__name__.lower()), **self._config}
+
+    def state_size(self, length: int = 1) -> int:
+        """Numbers in the state of one sequence after `length` tokens."""
+        if not self.causal:
+            return 0
+        with torch.device("meta"):
+            return sum(leaf.numel() for leaf in leaves(self.init_state(1, device=torch.device("meta"))))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self._config.items() if not isinstance(v, nn.Module))
+
+    def _check(self, x: Tensor, state: State, cu_seqlens: Tensor | None) -> None:
+        name = type(self).__name__
+        if x.ndim != 3:
+            raise ValueError(f"{name}: x has {x.ndim} axes {list(x.shape)}, expected [B, T, {self.dim}]")
+        if x.shape[2] != self.dim:
+            raise ValueError(f"{name}: axis dim is {x.shape[2]} in x but {self.dim} in the layer")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: x is {x.dtype}, expected a floating-point dtype")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"{name}: x is {list(x.shape)}; axes B and T must be at least 1")
+        batch = x.shape[0]
+        if cu_seqlens is not None:
+            if batch != 1:
+                raise ValueError(f"{name}: axis B is {batch}, but packed sequences (cu_seqlens) need B = 1")
+            if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 2:
+                raise ValueError(
+                    f"{name}: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, expected int32 or int64 [N + 1]"
+                )
+            batch = cu_seqlens.shape[0] - 1
+        if state is None:
+            return
+        if not self.causal:
+            raise ValueError(f"{name}: a bidirectional mixer has no state, but one was passed")
+        for leaf in leaves(state):
+            if leaf.shape[0] != batch:
+                raise ValueError(f"{name}: axis batch is {leaf.shape[0]} in state but {batch} in x and cu_seqlens")
+
+
+def _remember_arguments(init: Any) -> Any:
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: SequenceMixer, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        remembered = dict(list(bound.arguments.items())[1:])
+        init(self, *args, **kwargs)
+        # the outermost constructor is the one that was called, and it comes last
+        object.__setattr__(self, "_config", remembered)
+
+    return wrapper

@@ -1,0 +1,95 @@
+"""What mixers and blocks are made of: norms, activations, the gated channel mixer, HGRN's lower bounds, rotary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def choice(who: str, option: str, value: str, allowed: object) -> str:
+    """`value`, if it is one of `allowed`; else a ValueError that lists them."""
+    if value not in allowed:  # type: ignore[operator]
+        raise ValueError(f"{who}: {option} is {value!r}, expected one of {', '.join(map(repr, allowed))}")  # type: ignore[call-overload]
+    return value
+
+
+def norm(kind: str, dim: int) -> nn.Module:
+    """"layer": (x - mean) / std · w + b;  "rms": x / rms(x) · w;  over the last axis."""
+    choice("norm", "kind", kind, ("layer", "rms"))
+    return nn.LayerNorm(dim) if kind == "layer" else nn.RMSNorm(dim, eps=1e-5)
+
+
+class GLU(nn.Module):
+    """Gated linear unit, the channel mixer: y = W3 (act(W1 x) ⊙ W2 x), W1, W2: dim -> width (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, width: int, *, activation: str = "silu", bias: bool = True) -> None:
+        super().__init__()
+        self.activation = choice("GLU", "activation", activation, ACTIVATIONS)
+        self.gate = nn.Linear(dim, width, bias=bias)
+        self.up = nn.Linear(dim, width, bias=bias)
+        self.down = nn.Linear(width, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class LowerBounds(nn.Module):
+    """HGRN's lower bounds of the forget gates, learned across layers (arXiv 2311.04823, section 3.3).
+
+    P = softmax over layers of Γ [L, D];  the bound of layer k = 1..L is
+        "inclusive":  P_2 + ... + P_k          (the language-model code)
+        "exclusive":  P_1 + ... + P_{k-1}      (the paper's text, the ImageNet and LRA code)
+    Equal at the start, (k - 1)/L; 0 for the first layer; never 1. Computed in float32.
+    """
+
+    def __init__(self, layers: int, dim: int, *, convention: str = "inclusive") -> None:
+        super().__init__()
+        self.convention = choice("LowerBounds", "convention", convention, ("inclusive", "exclusive"))
+        self.weight = nn.Parameter(torch.ones(layers, dim))
+
+    def forward(self) -> Tensor:
+        """The bounds [L, D], float32 or wider."""
+        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        shares = weight.softmax(0)
+        if self.convention == "inclusive":
+            return shares.cumsum(0) - shares[0]
+        return shares.cumsum(0) - shares
+
+    def row(self, layer: int) -> BoundOfLayer:
+        return BoundOfLayer(self, layer)
+
+
+class BoundOfLayer:
+    """One layer's row of the shared bounds; refers to them without owning them."""
+
+    def __init__(self, bounds: LowerBounds, layer: int) -> None:
+        self.bounds, self.layer = bounds, layer
+
+    def __call__(self) -> Tensor:
+        return self.bounds()[self.layer]
+
+
+def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding of x [B, T, H, K] at positions [B or 1, T], in float32 (Su et al., arXiv 2104.09864).
+
+    Halves convention: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos), x1 the first half of K, angle = position · base^(-2j/K).
+    """
+    half = x.shape[-1] // 2
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = (positions.to(dtype)[..., None] * frequency)[:, :, None]
+    x1, x2 = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x1 * sin + x2 * cos).to(x.dtype), x[..., 2 * half :]], -1)

@@ -1,0 +1,54 @@
+"""States are trees of tensors (tuples and dicts) whose first axis is the batch: copy, reorder, cut loose, move.
+
+A state is never changed in place by a mixer, so keeping a reference is a snapshot; `clone` is for those who do write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = "Tensor | tuple[State, ...] | dict[str, State] | None"
+
+
+def apply(function: Callable[[Tensor], Tensor], state: State) -> Any:
+    """The same tree with function(tensor) in place of every tensor."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if isinstance(state, tuple):
+        return tuple(apply(function, part) for part in state)
+    if isinstance(state, dict):
+        return {name: apply(function, part) for name, part in state.items()}
+    if state is None:
+        return None
+    raise TypeError(f"state: a {type(state).__name__} is no part of a state; states are tuples and dicts of tensors")
+
+
+def leaves(state: State) -> list[Tensor]:
+    """Every tensor of the tree, in order."""
+    found: list[Tensor] = []
+    apply(lambda tensor: (found.append(tensor), tensor)[1], state)
+    return found
+
+
+def clone(state: State) -> Any:
+    """A copy that shares no memory."""
+    return apply(torch.clone, state)
+
+
+def select(state: State, index: Tensor) -> Any:
+    """The rows `index` [M] of the batch, in that order, repeats allowed: beam search, reordering, dropping rows."""
+    return apply(lambda tensor: tensor.index_select(0, index.to(tensor.device)), state)
+
+
+def detach(state: State) -> Any:
+    """Cut loose from the graph: truncated backpropagation through time."""
+    return apply(torch.detach, state)
+
+
+def to(state: State, device: torch.device | str) -> Any:
+    """On another device; dtypes stay, for states keep more precision than activations."""
+    return apply(lambda tensor: tensor.to(device), state)
