@@ -23,7 +23,7 @@ from torch import Tensor
 
 import autotune
 from kernels import registration
-from kernels.problem import Arg, Problem, check, check_cu_seqlens, state_dtype
+from kernels.problem import Arg, Problem, check, check_cu_seqlens, size_of, state_dtype
 
 Config = Mapping[str, Any]
 
@@ -278,8 +278,11 @@ class Op:
         sequence = next(tensor for arg, tensor in described if arg.role == "sequence" and tensor is not None)
         pairs = any(arg.pairs and tensor is not None and tensor.ndim > len(arg.letters) for arg, tensor in described)
         dtypes = {"sequence": sequence.dtype, "state": state_dtype(sequence.dtype)}
+        two = [2] if pairs else []
         return tuple(
-            sequence.new_empty([*(sizes[letter] for letter in out.letters), *([2] if pairs and out.pairs else [])], dtype=dtypes[out.role])
+            sequence.new_empty(
+                [*(size_of(axis, sizes) for axis in out.letters), *(two if out.pairs else [])], dtype=dtypes[out.role]
+            )
             for out in self.outputs
         )
 

@@ -21,8 +21,9 @@ def state_dtype(sequence: torch.dtype) -> torch.dtype:
 class Arg:
     """One tensor of an op: its name, its axes, and the rule that its dtype follows.
 
-    role "sequence": one dtype for all of them, any of SEQUENCE_DTYPES; "decay": the sequence dtype or the state
-    dtype; "state": the state dtype. `pairs`: may carry a trailing axis of 2 (real and imaginary part).
+    axes: letters, or a letter less a number, such as "W-1", which may be 0; the letter is an axis of an earlier tensor.
+    role "sequence": one dtype for all of them, any of SEQUENCE_DTYPES; "decay" (and weights): the sequence dtype or the
+    state dtype; "state": the state dtype. `pairs`: may carry a trailing axis of 2 (real and imaginary part).
     """
 
     name: str
@@ -34,6 +35,12 @@ class Arg:
     @property
     def letters(self) -> tuple[str, ...]:
         return tuple(self.axes.split())
+
+
+def size_of(axis: str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis: of a letter's, or of a letter's less a number."""
+    letter, _, less = axis.partition("-")
+    return sizes[letter] - int(less or 0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,12 @@ def check(op: str, args: Sequence[Arg], tensors: Sequence[Tensor | None], cu_seq
         for letter, size in zip(letters, tensor.shape):
             if letter == "N":
                 _check_batch(op, arg, tensor, size, sizes, cu_seqlens)
+                continue
+            if "-" in letter:
+                whole = letter.partition("-")[0]
+                if size != size_of(letter, sizes):
+                    whole = f"axis {whole} is {sizes[whole]} in {origin[whole]}"
+                    raise ValueError(f"{op}: axis {letter} is {size} in {arg.name} but {whole}")
                 continue
             if letter == "pair" and size != 2:
                 raise ValueError(f"{op}: axis pair is {size} in {arg.name}, expected 2 (real and imaginary part)")
