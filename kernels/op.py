@@ -144,6 +144,9 @@ class Op:
 
     def key(self, problem: Problem) -> autotune.Key:
         sizes = {k: v for k, v in problem.sizes.items() if k != "T" and (k != "N" or problem.options["packed"])}
+        if "S" in sizes:
+            # the length of the keys, which grows with every decoded token
+            sizes["S"] = autotune.bucket(sizes["S"])
         return autotune.Key(
             op=self.name,
             direction=problem.direction,
@@ -206,6 +209,7 @@ class Op:
         signature = (
             direction,
             autotune.generation(),
+            torch.get_num_threads(),
             torch.are_deterministic_algorithms_enabled(),
             args[count + 1 :],
             *[None if t is None else (t.shape, t.dtype, t.device) for t in args[: count + 1]],
@@ -297,7 +301,7 @@ def recording() -> Iterator[dict[Problem, Plan]]:
     Problems met before are collected again: the block starts with a fresh memory of plans.
     """
     met: dict[Problem, Plan] = {}
-    autotune.refresh()
+    autotune.changed()
     _recordings.append(met)
     try:
         yield met

@@ -56,6 +56,10 @@ class SequenceMixer(nn.Module):
             state = self.init_state(batch, device=x.device, dtype=x.dtype)
         return self.mix(x, state, cu_seqlens)
 
+    def comparable(self, state: Any) -> list[Tensor]:
+        """The numbers of a state that mean something, for comparing two states: without padding, in a fixed order."""
+        return [leaf for leaf in leaves(state) if leaf.is_floating_point()]
+
     def config(self) -> dict[str, Any]:
         """The arguments that build this mixer again: `mixers.build(**mixer.config())`."""
         return {"name": getattr(type(self), "registered_name", type(self).__name__.lower()), **self._config}

@@ -1,0 +1,30 @@
+"""Hypothesis profiles, a cache folder of the tests' own, and uninitialised memory filled with NaN."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+# Set before anything is imported: no test may see, or change, what the user has tuned.
+os.environ["SEQUENCE_MIXERS_CACHE"] = tempfile.mkdtemp(prefix="sequence-mixers-tests-")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("ci", max_examples=50, derandomize=True, **_common)
+settings.register_profile("dev", max_examples=50, **_common)
+settings.register_profile("long", max_examples=1000, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture
+def nan_filled() -> Iterator[None]:
+    """Every torch.empty is filled with NaN, so that a number that was never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
