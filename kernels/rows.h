@@ -1,0 +1,148 @@
+// Walking through sequences [B, T, columns] row by row: what a kernel reads and writes, and who does which part.
+#pragma once
+#include <algorithm>
+
+#include "simd.h"
+
+// A tile's state is held in the L1 cache, which it shares with the rows that pass by.
+constexpr int64_t kStateBytes = 16384;
+alignas(kCacheLine) static const char zeros[kStateBytes] = {};
+
+// What every kernel over sequences is told. All fields are 8 bytes: Python packs them as one array.
+struct Sequences {
+    const int64_t* cu_seqlens;  // [count + 1] with batch 1, or null: `count` sequences of `rows` rows
+    int64_t count, rows, columns;
+    int64_t reverse, threads;
+    int64_t block, around_cache;
+};
+
+// How a tensor's rows lie in memory, in elements; columns lie side by side.
+struct Strides {
+    int64_t batch, row;
+};
+
+// A part of one sequence: rows x columns.
+struct Tile {
+    int64_t sequence, batch, first_row, rows, column, columns;
+};
+
+// Cuts sequences into blocks of columns: as wide as possible while each thread gets several tiles, or at least one.
+template <class S>
+struct Tiling {
+    const Sequences& sequences;
+    int64_t blocks, width;
+
+    explicit Tiling(const Sequences& s) : sequences(s) {
+        // whole lines in the narrowest format, and so whole pairs and vectors
+        constexpr int64_t unit = 2 * kCacheLine / sizeof(S), narrow = 8 * unit;
+        const int64_t widest = std::clamp<int64_t>(s.block, unit, kStateBytes / sizeof(S)) / unit * unit;
+        int64_t total = s.cu_seqlens ? s.rows : s.count * s.rows, longest = s.cu_seqlens ? 0 : s.rows;
+        for (int64_t n = 0; s.cu_seqlens && n < s.count; ++n)
+            longest = std::max(longest, s.cu_seqlens[n + 1] - s.cu_seqlens[n]);
+        auto blocks_for = [&](int64_t tiles) { return (s.threads * tiles * longest + total - 1) / total; };
+        int64_t wanted = std::max(blocks_for(1), std::min(blocks_for(4), s.columns / narrow));
+        width = (s.columns + wanted - 1) / wanted;
+        width = std::min((width + unit - 1) / unit * unit, widest);
+        blocks = (s.columns + width - 1) / width;
+    }
+
+    int64_t tiles() const { return sequences.count * blocks; }
+
+    Tile operator[](int64_t i) const {
+        int64_t n = i / blocks, column = i % blocks * width;
+        Tile t{n, n, 0, sequences.rows, column, std::min(width, sequences.columns - column)};
+        if (const int64_t* first = sequences.cu_seqlens) t.batch = 0, t.first_row = first[n], t.rows = first[n + 1] - first[n];
+        return t;
+    }
+
+    // The strides of a contiguous tensor.
+    Strides contiguous() const { return {sequences.rows * sequences.columns, sequences.columns}; }
+    // Short rows would mostly be parts of lines.
+    bool around_cache() const { return sequences.around_cache && width * sizeof(S) >= 1024; }
+};
+
+// The rows of one tensor in a tile, in the order of a walk.
+template <class T>
+struct Rows {
+    T* row;
+    // from one row to the next, and to the one that is to be prefetched
+    int64_t step, ahead;
+
+    // backwards: from the last row to the first. Null: the same row of zeros again and again.
+    OUTLINE Rows(const void* p, Strides s, const Tile& t, bool backwards) {
+        if (p == nullptr) {
+            row = reinterpret_cast<T*>(const_cast<char*>(zeros));
+            step = ahead = 0;
+            return;
+        }
+        row = static_cast<T*>(const_cast<void*>(p)) + t.batch * s.batch + t.first_row * s.row + t.column;
+        if (backwards) row += (t.rows - 1) * s.row;
+        step = backwards ? -s.row : s.row;
+        // as far as the hardware sees by itself, but also across the gap between the rows of a narrow tile
+        constexpr int64_t distance = 2048 / sizeof(T);
+        ahead = (distance + t.columns - 1) / t.columns * step;
+    }
+    INLINE void next() { row += step; }
+    INLINE void prefetch(int64_t c) const { __builtin_prefetch(row + ahead + c); }
+};
+
+// Rows of results. They are computed in place, or in a buffer if they are to go around the cache or nobody needs them.
+template <class T>
+struct Output {
+    Rows<T> rows;
+    bool needed, around_cache;
+    // the row to write, and the row to be written that is to be prefetched
+    T *row, *ahead;
+    alignas(kCacheLine) char buffer[kStateBytes];
+
+    OUTLINE Output(void* p, Strides s, const Tile& t, bool backwards, bool around_cache)
+        : rows(p, s, t, backwards), needed(p != nullptr), around_cache(around_cache) {
+        bool in_place = needed && !around_cache;
+        row = in_place ? rows.row : reinterpret_cast<T*>(buffer);
+        ahead = in_place ? row + rows.ahead : row;
+        if (!in_place) rows.ahead = 0;
+    }
+    INLINE void prefetch(int64_t c) const { __builtin_prefetch(ahead + c, 1); }
+    INLINE void next(int64_t n) {
+        if (!needed) return;
+        if (around_cache) copy_around_cache(rows.row, buffer, n * sizeof(T));
+        else row += rows.step, ahead += rows.step;
+        rows.next();
+    }
+};
+
+// Calls f(column, slot) for vectors of W columns that cover [0, n), n >= W. Where n is no multiple of W the last two
+// overlap: both compute the same values there. Slots never do, so that no load waits for two stores.
+// A walk backwards goes down in the row as well: the hardware prefetches in one direction.
+template <int W, class F>
+INLINE void for_vectors(int64_t n, bool backwards, const F& f) {
+    int64_t count = (n + W - 1) / W, step = backwards ? -W : W;
+    for (int64_t slot = backwards ? (count - 1) * W : 0; count > 0; --count, slot += step) f(std::min(slot, n - W), slot);
+}
+
+// One slot for each vector of a tile's state.
+template <class S>
+struct Slots {
+    alignas(kCacheLine) S at[kStateBytes / sizeof(S)];
+
+    // Null: zeros.
+    template <int W>
+    OUTLINE void read(const S* columns, int64_t n) {
+        if (columns == nullptr) std::memset(at, 0, (n + W - 1) / W * W * sizeof(S));
+        else for_vectors<W>(n, false, [&](int64_t c, int64_t slot) { store(at + slot, load<W>(columns + c)); });
+    }
+    template <int W>
+    OUTLINE void write(S* columns, int64_t n) const {
+        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) { store(columns + c, load<W>(at + slot)); });
+    }
+};
+
+// Calls f with the widest vector that the columns fill.
+template <class S, bool PAIRS, class F>
+void with_width(int64_t columns, const F& f) {
+    constexpr int full = kVectorBytes / sizeof(S), least = PAIRS ? 2 : 1;
+    if (columns >= full) return f.template operator()<full>();
+    if constexpr (full > 4)
+        if (columns >= 4) return f.template operator()<4>();
+    f.template operator()<least>();
+}

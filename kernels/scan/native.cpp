@@ -1,0 +1,132 @@
+// h[t] = a[t] h[t-1] + x[t] and its gradient: threads over sequences and blocks of columns, rows streamed in time.
+// A complex row [D, 2] is a real row of 2 D columns with another product.
+#include "../parallel.h"
+#include "../rows.h"
+
+namespace {
+
+struct Forward {
+    Sequences sequences;
+    int64_t format, pairs;
+    const void *a, *x;  // [B, T, columns]
+    Strides a_strides, x_strides;
+    const void* initial_state;  // [N, columns], or null: zeros
+    void *h, *final_state;
+};
+
+struct Backward {
+    Sequences sequences;
+    int64_t format, pairs;
+    const void *a, *h, *dh;  // dh may be null: zeros
+    Strides a_strides, h_strides, dh_strides;
+    const void *initial_state, *dfinal_state;
+    void *da, *dx, *dinitial_state;  // null where not needed
+};
+
+static_assert(sizeof(Forward) == 19 * 8 && sizeof(Backward) == 24 * 8, "native.py packs this many fields");
+
+// a * s + x, or conj(a) * s + x.
+template <bool PAIRS, bool CONJ = false, class V>
+INLINE V multiply_add(V a, V s, V x) {
+    if constexpr (PAIRS) return complex_multiply_add<CONJ>(a, s, x);
+    else return a * s + x;
+}
+
+template <class S>
+S* part_of_state(const void* state, const Tile& t, const Sequences& s) {
+    return state ? static_cast<S*>(const_cast<void*>(state)) + t.sequence * s.columns + t.column : nullptr;
+}
+
+template <class A, class T, bool PAIRS, int W>
+void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
+    using S = StateOf<T>;
+    const bool backwards = p.sequences.reverse;
+    const int64_t n = t.columns;
+    Rows<A> a(p.a, p.a_strides, t, backwards);
+    Rows<T> x(p.x, p.x_strides, t, backwards);
+    Output<T> h(p.h, tiling.contiguous(), t, backwards, tiling.around_cache());
+    Slots<S> state;
+    state.template read<W>(part_of_state<S>(p.initial_state, t, p.sequences), n);
+    for (int64_t r = 0; r < t.rows; ++r, a.next(), x.next(), h.next(n)) {
+        for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+            a.prefetch(c), x.prefetch(c), h.prefetch(c);
+            auto s = multiply_add<PAIRS>(load<W>(a.row + c), load<W>(state.at + slot), load<W>(x.row + c));
+            store(state.at + slot, s);
+            store(h.row + c, s);
+        });
+    }
+    state.template write<W>(part_of_state<S>(p.final_state, t, p.sequences), n);
+}
+
+template <class A, class T, bool PAIRS, int W>
+void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
+    using S = StateOf<T>;
+    const bool backwards = !p.sequences.reverse;
+    const int64_t n = t.columns;
+    Rows<A> a(p.a, p.a_strides, t, backwards);
+    Rows<T> dh(p.dh, p.dh_strides, t, backwards), before(p.da ? p.h : nullptr, p.h_strides, t, backwards);
+    Output<A> da(p.da, tiling.contiguous(), t, backwards, tiling.around_cache());
+    Output<T> dx(p.dx, tiling.contiguous(), t, backwards, tiling.around_cache());
+    // conj(a[t+1]) g[t+1]
+    Slots<S> carry;
+    carry.template read<W>(part_of_state<S>(p.dfinal_state, t, p.sequences), n);
+
+    auto row = [&](auto* h_before) INLINE_BODY {
+        for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+            a.prefetch(c), before.prefetch(c), dh.prefetch(c), da.prefetch(c), dx.prefetch(c);
+            constexpr Vec<S, W> zero = {};
+            auto g = load<W>(dh.row + c) + load<W>(carry.at + slot);
+            store(carry.at + slot, multiply_add<PAIRS, true>(load<W>(a.row + c), g, zero));
+            store(da.row + c, multiply_add<PAIRS, true>(load<W>(h_before + c), g, zero));
+            store(dx.row + c, g);
+        });
+        da.next(n);
+        dx.next(n);
+    };
+    for (int64_t r = 1; r < t.rows; ++r, a.next(), dh.next()) {
+        before.next();
+        row(before.row);
+    }
+    const S* initial_state = part_of_state<S>(p.initial_state, t, p.sequences);
+    if (t.rows > 0) row(initial_state ? initial_state : reinterpret_cast<const S*>(zeros));
+    if (p.dinitial_state) carry.template write<W>(part_of_state<S>(p.dinitial_state, t, p.sequences), n);
+}
+
+// Calls f with the formats of a and of x, and whether columns are pairs. native.py counts them in this order.
+template <class Problem, class F>
+void with_format(const Problem& p, const F& f) {
+    auto with_pairs = [&]<class A, class T>() {
+        p.pairs ? f.template operator()<A, T, true>() : f.template operator()<A, T, false>();
+    };
+    switch (p.format) {
+        case 0: return with_pairs.template operator()<double, double>();
+        case 1: return with_pairs.template operator()<float, float>();
+        case 2: return with_pairs.template operator()<Half, Half>();
+        case 3: return with_pairs.template operator()<float, Half>();
+        case 4: return with_pairs.template operator()<BFloat16, BFloat16>();
+        case 5: return with_pairs.template operator()<float, BFloat16>();
+    }
+}
+
+template <class Problem>
+void run(const Problem& p) {
+    with_format(p, [&]<class A, class T, bool PAIRS>() {
+        const Tiling<StateOf<T>> tiling(p.sequences);
+        parallel_for(tiling.tiles(), p.sequences.threads, [&](int64_t i) {
+            const Tile t = tiling[i];
+            with_width<StateOf<T>, PAIRS>(t.columns, [&]<int W>() {
+                if constexpr (std::is_same_v<Problem, Forward>) forward_tile<A, T, PAIRS, W>(p, tiling, t);
+                else backward_tile<A, T, PAIRS, W>(p, tiling, t);
+            });
+            finish_stores();
+        });
+    });
+}
+
+}  // namespace
+
+extern "C" {
+int vector_bytes() { return kVectorBytes; }
+void scan_forward(const Forward* p) { run(*p); }
+void scan_backward(const Backward* p) { run(*p); }
+}

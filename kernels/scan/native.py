@@ -1,0 +1,195 @@
+"""The scan in C++ for CPUs: rows streamed in time, threads over sequences and blocks of columns. See native.cpp.
+
+States are kept in float32 (float64 for float64), also where the sequences are float16 or bfloat16. The bits of the
+results depend neither on the number of threads nor on the config.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import jit_cpp, pool
+from kernels.problem import Problem, state_dtype
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# (dtype of a, dtype of x) in the order in which native.cpp counts them
+FORMATS = {
+    (torch.float64, torch.float64): 0,
+    (torch.float32, torch.float32): 1,
+    (torch.float16, torch.float16): 2,
+    (torch.float32, torch.float16): 3,
+    (torch.bfloat16, torch.bfloat16): 4,
+    (torch.float32, torch.bfloat16): 5,
+}
+# fewer numbers than this are done before a second thread has woken up
+SERIAL_SIZE = 32768
+
+
+def cannot(problem: Problem) -> list[str]:
+    """Why this backend cannot run the problem; empty if it can."""
+    if problem.device.type != "cpu":
+        return [f"runs on cpu, the tensors are on {problem.device.type}"]
+    # the backward pass is posed by the residuals a, h
+    a, x = problem.dtypes["a"], problem.dtypes["x" if "x" in problem.dtypes else "h"]
+    if (a, x) not in FORMATS:
+        return [f"no kernel for a in {a} with x in {x}"]
+    reason = jit_cpp.reason(SOURCE)
+    return [] if reason is None else [reason]
+
+
+def configs(problem: Problem) -> Sequence[dict[str, int]]:
+    """Candidates for the tuner, the default first.
+
+    block: the lanes that a thread walks down side by side, at most. around_cache_mib: outputs of this size together,
+    in MiB, are written around the cache.
+    """
+    return [
+        {"block": 4096, "around_cache_mib": 24},
+        {"block": 512, "around_cache_mib": 24},
+        {"block": 4096, "around_cache_mib": 0},
+    ]
+
+
+def forward(
+    a: Tensor,
+    x: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    reverse: bool,
+    config: Mapping[str, int],
+) -> tuple[Tensor, Tensor]:
+    """h like x, and final_state [N, D] or [N, D, 2] in the dtype of states."""
+    h = pool.empty_like(x)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = x.new_empty((sequences, *x.shape[2:]), dtype=state_dtype(x.dtype))
+    _forward(a, x, initial_state, cu_seqlens, h, final_state, reverse, config)
+    return h, final_state
+
+
+def forward_out(
+    a: Tensor,
+    x: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    final_state: Tensor,
+    *,
+    reverse: bool,
+    config: Mapping[str, int],
+) -> None:
+    """`forward` into contiguous tensors that are there already."""
+    _forward(a, x, initial_state, cu_seqlens, h, final_state, reverse, config)
+
+
+def backward(
+    dh: Tensor | None,
+    dfinal_state: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    reverse: bool,
+    needs: tuple[bool, ...],
+    config: Mapping[str, int],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """da like a, dx like h and dinitial_state, each None where `needs` says so."""
+    a, h, dh = _side_by_side(a), _side_by_side(h), None if dh is None else _side_by_side(dh)
+    cu_seqlens, initial_state, dfinal_state = _bounds(cu_seqlens), _packed(initial_state), _packed(dfinal_state)
+    da = pool.empty_like(a) if needs[0] else None
+    dx = pool.empty_like(h) if needs[1] else None
+    dinitial_state = torch.empty_like(initial_state) if needs[2] and initial_state is not None else None
+    _function("scan_backward", 24)(
+        *_sequences(a, h, cu_seqlens, reverse, config, 2),
+        a.data_ptr(),
+        h.data_ptr(),
+        _address(dh),
+        *a.stride()[:2],
+        *h.stride()[:2],
+        *((0, 0) if dh is None else dh.stride()[:2]),
+        _address(initial_state),
+        _address(dfinal_state),
+        _address(da),
+        _address(dx),
+        _address(dinitial_state),
+    )
+    return da, dx, dinitial_state
+
+
+def _forward(
+    a: Tensor,
+    x: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    h: Tensor,
+    final_state: Tensor,
+    reverse: bool,
+    config: Mapping[str, int],
+) -> None:
+    a, x, initial_state, cu_seqlens = _side_by_side(a), _side_by_side(x), _packed(initial_state), _bounds(cu_seqlens)
+    _function("scan_forward", 19)(
+        *_sequences(a, x, cu_seqlens, reverse, config, 1),
+        a.data_ptr(),
+        x.data_ptr(),
+        *a.stride()[:2],
+        *x.stride()[:2],
+        _address(initial_state),
+        h.data_ptr(),
+        final_state.data_ptr(),
+    )
+
+
+@functools.cache
+def _function(name: str, fields: int) -> Callable[..., None]:
+    return jit_cpp.load(SOURCE).function(name, fields)
+
+
+def _sequences(
+    a: Tensor, x: Tensor, cu_seqlens: Tensor | None, reverse: bool, config: Mapping[str, int], outputs: int
+) -> tuple[int, ...]:
+    """The fields of Sequences, then format and pairs. outputs: how many tensors like x are written."""
+    shape = x.shape
+    pairs = len(shape) == 4
+    columns = shape[2] * 2 if pairs else shape[2]
+    total = shape[0] * shape[1] * columns
+    return (
+        _address(cu_seqlens),
+        shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        shape[1],
+        columns,
+        reverse,
+        torch.get_num_threads() if total >= SERIAL_SIZE else 1,
+        config["block"],
+        outputs * x.nbytes >= config["around_cache_mib"] << 20,
+        FORMATS[a.dtype, x.dtype],
+        pairs,
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x if its columns (and pairs) lie side by side, else a copy; batch and time may have any strides."""
+    stride = x.stride()
+    step = 1
+    if len(stride) == 4:
+        if stride[3] != 1:
+            return x.contiguous()
+        step = 2
+    return x if stride[2] == step or x.shape[2] == 1 else x.contiguous()
+
+
+def _packed(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.contiguous()
+
+
+def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()

@@ -1,0 +1,200 @@
+// Vectors of W lanes, and loads and stores that convert between memory formats and the format of the arithmetic.
+// Written with the vector extensions that GCC and Clang share, so that one source serves AVX-512, AVX2, SSE and NEON.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+// After a lambda's parameters: for the bodies of inner loops.
+#define INLINE_BODY __attribute__((always_inline))
+// For what runs once in a row or less: compiled once, not in every kernel.
+#define OUTLINE __attribute__((noinline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kCacheLine = 64;
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+template <class S, int W>
+struct VecOf {
+    typedef S type __attribute__((vector_size(W * sizeof(S))));
+};
+template <class S, int W>
+using Vec = typename VecOf<S, W>::type;
+
+// The format in which values of T are added and kept as state.
+template <class T>
+using StateOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class To, class From>
+INLINE To bits_as(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To out;
+    std::memcpy(&out, &v, sizeof out);
+    return out;
+}
+
+template <class V>
+INLINE V load_raw(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// GCC splits these two conversions of 16 lanes in halves.
+template <int W>
+INLINE Vec<uint32_t, W> widen(Vec<uint16_t, W> v) {
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return bits_as<Vec<uint32_t, W>>(_mm512_cvtepu16_epi32(bits_as<__m256i>(v)));
+#endif
+    return __builtin_convertvector(v, Vec<uint32_t, W>);
+}
+
+template <int W>
+INLINE Vec<uint16_t, W> narrow(Vec<uint32_t, W> v) {
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return bits_as<Vec<uint16_t, W>>(_mm512_cvtepi32_epi16(bits_as<__m512i>(v)));
+#endif
+    return __builtin_convertvector(v, Vec<uint16_t, W>);
+}
+
+template <int W>
+INLINE Vec<float, W> from_bfloat16(Vec<uint16_t, W> v) {
+    return bits_as<Vec<float, W>>(widen<W>(v) << 16);
+}
+
+// To nearest, ties to even; a NaN stays a NaN. (VCVTNEPS2BF16 would flush denormals.)
+template <int W>
+INLINE Vec<uint16_t, W> to_bfloat16(Vec<float, W> v) {
+    auto u = bits_as<Vec<uint32_t, W>>(v);
+    Vec<uint32_t, W> rounded = u + 0x7fff + ((u >> 16) & 1);
+    Vec<uint32_t, W> quiet = u | 0x400000;
+    return narrow<W>((v == v ? rounded : quiet) >> 16);
+}
+
+#if defined(__x86_64__) && defined(__F16C__)
+template <int W>
+INLINE Vec<float, W> from_half(Vec<uint16_t, W> v) {
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return (Vec<float, W>)_mm512_cvtph_ps(bits_as<__m256i>(v));
+#endif
+    if constexpr (W == 8) return (Vec<float, W>)_mm256_cvtph_ps(bits_as<__m128i>(v));
+    if constexpr (W <= 4) {
+        __m128i padded = _mm_setzero_si128();
+        std::memcpy(&padded, &v, sizeof v);
+        __m128 wide = _mm_cvtph_ps(padded);
+        return load_raw<Vec<float, W>>(&wide);
+    }
+}
+
+template <int W>
+INLINE Vec<uint16_t, W> to_half(Vec<float, W> v) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return bits_as<Vec<uint16_t, W>>(_mm512_cvtps_ph(bits_as<__m512>(v), nearest));
+#endif
+    if constexpr (W == 8) return bits_as<Vec<uint16_t, W>>(_mm256_cvtps_ph(bits_as<__m256>(v), nearest));
+    if constexpr (W <= 4) {
+        __m128 padded = _mm_setzero_ps();
+        std::memcpy(&padded, &v, sizeof v);
+        __m128i narrow = _mm_cvtps_ph(padded, nearest);
+        return load_raw<Vec<uint16_t, W>>(&narrow);
+    }
+}
+#else
+template <int W>
+INLINE Vec<float, W> from_half(Vec<uint16_t, W> v) {
+    return __builtin_convertvector(bits_as<Vec<_Float16, W>>(v), Vec<float, W>);
+}
+
+template <int W>
+INLINE Vec<uint16_t, W> to_half(Vec<float, W> v) {
+    return bits_as<Vec<uint16_t, W>>(__builtin_convertvector(v, Vec<_Float16, W>));
+}
+#endif
+
+template <int W, class T>
+INLINE Vec<StateOf<T>, W> load(const T* p) {
+    if constexpr (std::is_same_v<T, BFloat16>) return from_bfloat16<W>(load_raw<Vec<uint16_t, W>>(p));
+    else if constexpr (std::is_same_v<T, Half>) return from_half<W>(load_raw<Vec<uint16_t, W>>(p));
+    else return load_raw<Vec<T, W>>(p);
+}
+
+template <class T, class V>
+INLINE void store(T* p, V v) {
+    constexpr int W = sizeof(V) / sizeof(StateOf<T>);
+    auto write = [p](auto out) { std::memcpy(p, &out, sizeof out); };
+    if constexpr (std::is_same_v<T, BFloat16>) write(to_bfloat16<W>(v));
+    else if constexpr (std::is_same_v<T, Half>) write(to_half<W>(v));
+    else write(v);
+}
+
+// Copies without reading the lines that it overwrites, and without keeping them in the cache.
+OUTLINE inline void copy_around_cache(void* to, const void* from, int64_t bytes) {
+    char* out = static_cast<char*>(to);
+    const char* in = static_cast<const char*>(from);
+#if defined(__x86_64__)
+    int64_t head = -reinterpret_cast<uintptr_t>(out) & (kCacheLine - 1);
+    head = head < bytes ? head : bytes;
+    if (head > 0) std::memcpy(out, in, head);
+    for (out += head, in += head, bytes -= head; bytes >= kCacheLine; bytes -= kCacheLine) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out), load_raw<__m512i>(in));
+#else
+        for (int i = 0; i < kCacheLine; i += 16)
+            _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), load_raw<__m128i>(in + i));
+#endif
+        out += kCacheLine, in += kCacheLine;
+    }
+#endif
+    if (bytes > 0) std::memcpy(out, in, bytes);
+}
+
+// Stores around the cache are not ordered by the barrier that ends a parallel loop.
+INLINE void finish_stores() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// The number of lanes of a vector.
+template <class V>
+constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);
+
+// Lane i of the result is lane PICK(i) of v.
+template <int (*PICK)(int), class V, int... I>
+INLINE V shuffle(V v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, PICK(I)...);
+}
+
+constexpr int real_lane(int i) { return i & ~1; }
+constexpr int imaginary_lane(int i) { return i | 1; }
+constexpr int other_lane(int i) { return i ^ 1; }
+
+// a * s + x, or conj(a) * s + x, for lanes that hold pairs (re, im). Both sums have one product each: no choice is
+// left in what a compiler fuses, so that vectors of every width round alike.
+template <bool CONJ, class V>
+INLINE V complex_multiply_add(V a, V s, V x) {
+    using S = std::remove_cvref_t<decltype(a[0])>;
+    constexpr std::make_integer_sequence<int, lanes<V>> all;
+    V sign;
+    for (int i = 0; i < lanes<V>; ++i) sign[i] = static_cast<S>((i & 1) != CONJ ? 1 : -1);
+    V t = shuffle<imaginary_lane>(a, all) * sign * shuffle<other_lane>(s, all) + x;
+    return shuffle<real_lane>(a, all) * s + t;
+}
