@@ -111,12 +111,18 @@ class Op:
     differentiable_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
     _plans: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
+    _function: list[type[torch.autograd.Function]] = field(default_factory=list, repr=False)
+
     def __post_init__(self) -> None:
-        registration.register(self)
+        self._function.append(registration.register(self))
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """The opaque operator itself: tensors, cu_seqlens, options and the backend's name, all by position."""
-        return self.forward_overload(*args)
+        if not registration.unwatched(args):
+            return self.forward_overload(*args)
+        if registration.needs_gradient(self, args):
+            return self._function[0].apply(*args)
+        return self.run_forward(*args)
 
     @cached_property
     def forward_overload(self) -> Callable[..., Any]:

@@ -1,7 +1,9 @@
 """Registers an op with torch.library: real kernels, fake kernels, autograd and flop counts.
 
 Autograd is an implementation of our own under the Autograd key that calls an autograd.Function;
-`torch.library.custom_op` with `register_autograd` costs twice as much per call.
+`torch.library.custom_op` with `register_autograd` costs twice as much per call. And where nobody is watching (no
+tracing, no mode, no tensor subclass) an op is called without the dispatcher, whose way through Python costs more than
+everything else together.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 NAMESPACE = "sequence_mixers"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_below = torch._C._AutoDispatchBelowAutograd
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -25,8 +29,27 @@ def overload(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def register(op: Op) -> None:
-    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers."""
+def unwatched(args: Sequence[Any]) -> bool:
+    """Are these plain tensors outside of any tracing, dispatch mode or function transform?"""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if arg.is_meta:
+                return False
+        elif isinstance(arg, Tensor):
+            return False
+    return True
+
+
+def register(op: Op) -> type[torch.autograd.Function]:
+    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the op with its gradient."""
     by_name = {arg.name: arg for arg in (*op.inputs, *op.outputs)}
     options = [f"{_TYPES[type(default)]} {name}" for name, default in op.options.items()]
 
@@ -44,10 +67,12 @@ def register(op: Op) -> None:
     _library.impl(f"{op.name}_backward", op.run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", _fake_forward(op), lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{op.name}_backward", _fake_backward(op), lib=_library)
-    _library.impl(op.name, _autograd(op), "Autograd")
+    function = _function(op)
+    _library.impl(op.name, _autograd(op, function), "Autograd")
     _library.impl(f"{op.name}_backward", _no_second_derivative(op), "Autograd")
     for direction in ("forward", "backward"):
         _register_flops(op, direction)
+    return function
 
 
 def _fake_forward(op: Op) -> Callable[..., Any]:
@@ -73,22 +98,46 @@ def _fake_backward(op: Op) -> Callable[..., Any]:
     return fake
 
 
-def _autograd(op: Op) -> Callable[..., Any]:
-    """The Autograd key: straight to the kernel if nothing needs a gradient, else through an autograd.Function."""
+def needs_gradient(op: Op, args: Sequence[Any]) -> bool:
+    if torch.is_grad_enabled():
+        for tensor in args[: len(op.inputs)]:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _autograd(op: Op, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The Autograd key: straight to the kernel if nothing needs a gradient, else through the autograd.Function."""
+
+    def autograd(*args: Any) -> Any:
+        if needs_gradient(op, args):
+            return function.apply(*args)
+        with _below():
+            return op.forward_overload(*args)
+
+    return autograd
+
+
+def _function(op: Op) -> type[torch.autograd.Function]:
     count = len(op.inputs)
-    names = [arg.name for arg in op.inputs]
-    forward, outputs = op.name, [arg.name for arg in op.outputs]
-    below = torch._C._AutoDispatchBelowAutograd
+    names = [arg.name for arg in (*op.inputs, *op.outputs)]
+    kept = [names.index(name) for name in op.residuals]
+    constant = [i for i, arg in enumerate(op.outputs) if not arg.differentiable]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            with below():
-                results = op.forward_overload(*args)
-            tensors = dict(zip(names, args)) | dict(zip(outputs, results))
-            ctx.save_for_backward(*[tensors[name] for name in op.residuals], args[count])
+            if unwatched(args):
+                results = op.run_forward(*args)
+            else:
+                with _below():
+                    results = op.forward_overload(*args)
+            tensors = (*args[:count], *results)
+            ctx.save_for_backward(*[tensors[i] for i in kept], args[count])
             ctx.rest = args[count + 1 :]
             ctx.set_materialize_grads(False)
+            if constant:
+                ctx.mark_non_differentiable(*[results[i] for i in constant])
             return tuple(results)
 
         @staticmethod
@@ -104,19 +153,16 @@ def _autograd(op: Op) -> Callable[..., Any]:
                 found = op.differentiable_backward(*grads, *residuals, cu_seqlens, **named, backend=backend)
             else:
                 mask = sum(1 << i for i, needed in enumerate(needs) if needed)
-                with below():
-                    found = op.backward_overload(*grads, *residuals, cu_seqlens, *options, mask, backend)
+                args = (*grads, *residuals, cu_seqlens, *options, mask, backend)
+                if unwatched(args):
+                    found = op.run_backward(*args)
+                else:
+                    with _below():
+                        found = op.backward_overload(*args)
             return (*(g if needed else None for g, needed in zip(found, needs)), *nothing)
 
-    Function.__name__ = Function.__qualname__ = f"{forward}_function"
-
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:count]):
-            return Function.apply(*args)
-        with below():
-            return op.forward_overload(*args)
-
-    return autograd
+    Function.__name__ = Function.__qualname__ = op.name
+    return Function
 
 
 def _no_second_derivative(op: Op) -> Callable[..., Any]:
@@ -125,7 +171,7 @@ def _no_second_derivative(op: Op) -> Callable[..., Any]:
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             raise RuntimeError(f"{op.name}_backward: not differentiable; differentiate {op.name} with create_graph=True")
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below():
             return op.backward_overload(*args)
 
     return autograd

@@ -149,6 +149,7 @@ def backward(
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     pairs, packing, chunk, length = h.ndim == 4, Packing.of(h, cu_seqlens, reverse), config["chunk"], h.shape[1]
+    dtype = h.dtype
     initial, dfinal = packing.given(initial_state, h), packing.given(dfinal_state, h)
     dh = torch.zeros_like(h) if dh is None else dh
     inner, entering = a, dfinal
@@ -157,6 +158,10 @@ def backward(
         first, last = packing.spread(packing.first_rows(), h), packing.spread(packing.last_rows(), h)
         dh = torch.where(last, dh.to(dfinal.dtype) + packing.of_each_row(dfinal), dh.to(dfinal.dtype))
         inner, entering = a.masked_fill(first, 0), torch.zeros_like(dfinal[:1])
+    if cu_seqlens is not None or (reverse and length % chunk):
+        # rows before the first are the initial state, which is not rounded to the dtype of sequences; and the gradients
+        # of packed sequences' first rows are made from dx
+        h = h.to(dfinal.dtype)
     a_chunks, dh_chunks = chunks(inner, chunk, ones(a[:, :1], pairs)), chunks(dh, chunk)
     start = initial if cu_seqlens is None else torch.zeros_like(entering)
     h_chunks = chunks(h, chunk, start[:, None].to(h.dtype))
@@ -174,8 +179,12 @@ def backward(
     da, dx = da.flatten(1, 2)[:, :length], dx.flatten(1, 2)[:, :length]
     dinitial = c[:, -1 if reverse else 0]
     if cu_seqlens is not None:
-        g, starts = dx.to(dfinal.dtype), packing.of_each_row(initial)
-        da = torch.where(first, multiply(g, conjugate(starts, pairs), pairs).to(da.dtype), da)
-        dinitial = packing.at_first_rows(multiply(conjugate(a.to(g.dtype), pairs), g, pairs))
+        starts = packing.of_each_row(initial)
+        da = torch.where(first, multiply(dx, conjugate(starts, pairs), pairs).to(da.dtype), da)
+        dinitial = packing.at_first_rows(multiply(conjugate(a.to(dx.dtype), pairs), dx, pairs))
         dinitial = packing.unless_empty(dinitial, dfinal)
-    return da.contiguous() if needs[0] else None, dx.contiguous() if needs[1] else None, dinitial.clone() if needs[2] else None
+    return (
+        da.contiguous() if needs[0] else None,
+        dx.to(dtype).contiguous() if needs[1] else None,
+        dinitial.clone() if needs[2] and initial_state is not None else None,
+    )

@@ -1,0 +1,116 @@
+"""Every op in the catalogue: its backends agree with the float64 loop, and it is a good citizen of torch.library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.agreement import Expected, draw, pose
+from kernels.catalogue import OPS
+from kernels.op import Op
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
+CPU = torch.device("cpu")
+BACKENDS = [(op.name, backend.name) for op in OPS.values() for backend in op.backends[1:]]
+
+
+def problem_sizes(op: Op, draw_: st.DrawFn) -> dict[str, int]:
+    """Lengths around the chunk borders of every candidate; the other axes small, odd, and different from each other."""
+    letters = dict.fromkeys(letter for arg in op.inputs for letter in arg.letters if letter.isalpha())
+    sizes = {letter: draw_(st.integers(1, 9), label=letter) for letter in letters}
+    sizes["T"] = draw_(st.one_of(st.integers(1, 70), st.sampled_from((15, 16, 17, 127, 128, 129, 257))), label="T")
+    if "D" in sizes:
+        sizes["D"] = draw_(st.sampled_from((1, 3, 8, 17, 33, 70)), label="D")
+    if "S" in sizes:
+        sizes["S"] = sizes["T"]
+    if "H" in sizes and "G" in sizes:
+        sizes["H"] = sizes["G"] * draw_(st.integers(1, 3), label="heads per group")
+    return sizes
+
+
+def facts(op: Op, draw_: st.DrawFn) -> dict[str, Any]:
+    """Values for the op's flags and for what its sample takes."""
+    found = {name: draw_(st.booleans(), label=name) for name, default in op.options.items() if isinstance(default, bool)}
+    if any(arg.pairs for arg in op.inputs):
+        found["pairs"] = draw_(st.booleans(), label="pairs")
+    for arg in op.inputs:
+        if arg.optional:
+            found[arg.name] = draw_(st.booleans(), label=arg.name)
+    return found
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("name", "backend_name"), BACKENDS)
+def test_backend_agrees_with_the_loop(name: str, backend_name: str, direction: str) -> None:
+    op = OPS[name]
+    backend = op.backend(backend_name)
+    ran = 0
+
+    @given(data=st.data())
+    def agrees(data: st.DataObject) -> None:
+        nonlocal ran
+        sizes, given_facts = problem_sizes(op, data.draw), facts(op, data.draw)
+        if "cu_seqlens" not in str(op.name) and data.draw(st.booleans(), label="packed"):
+            sizes |= {"B": 1, "N": data.draw(st.integers(1, 5), label="N")}
+            given_facts["packed"] = True
+        dtype = data.draw(st.sampled_from((torch.float64, torch.float32, torch.float16, torch.bfloat16)), label="dtype")
+        decay = dtype if data.draw(st.booleans(), label="decay in the sequence's dtype") or dtype == torch.float64 else torch.float32
+        try:
+            problem = pose(op, direction, sizes, dtype=dtype, device=CPU, decay_dtype=decay, **given_facts)
+        except (ValueError, TypeError):
+            # the op does not have this combination, and says so
+            return
+        if backend.cannot(problem):
+            return
+        inputs = draw(op, problem, seed=data.draw(st.integers(0, 1000), label="seed"))
+        expected = Expected.of(inputs)
+        for config in backend.configs(problem):
+            if config.get("inductor"):
+                continue
+            wrong = expected.difference(inputs.call(backend, config)())
+            assert wrong is None, f"{backend_name} {dict(config)}: {wrong} ({problem})"
+            ran += 1
+
+    agrees()
+    devices = backend.devices
+    if not devices or "cpu" in devices:
+        assert ran >= 10, f"only {ran} problems ran"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str) -> None:
+    op = OPS[name]
+    sizes = {letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 7, "S": 7}
+    sampled = op.sample(sizes, dtype=torch.float32)
+    tensors = [None if t is None else t.requires_grad_(t.is_floating_point()) for t in (sampled[a.name] for a in op.inputs)]
+    torch.library.opcheck(op.forward_overload, (*tensors, None, *op.options.values(), "naive"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_unknown_backend_names_those_there_are(name: str) -> None:
+    op = OPS[name]
+    sizes = {letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 4, "S": 4}
+    sampled = op.sample(sizes, dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"{name}: no backend 'fast'; there are auto, naive"):
+        op(*[sampled[arg.name] for arg in op.inputs], None, *op.options.values(), "fast")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_flops_are_counted(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    op = OPS[name]
+    sizes = {letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 4, "S": 4}
+    sampled = op.sample(sizes, dtype=torch.float32)
+    tensors = [None if t is None else t.requires_grad_(t.is_floating_point()) for t in (sampled[a.name] for a in op.inputs)]
+    with FlopCounterMode(display=False) as counter:
+        outputs = op(*tensors, None, *op.options.values(), "naive")
+        forward = counter.get_total_flops()
+        sum(out.sum() for out in outputs if out.requires_grad).backward()
+    assert forward > 0
+    assert counter.get_total_flops() > forward
