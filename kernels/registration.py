@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NAMESPACE = "sequence_mixers"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _below = torch._C._AutoDispatchBelowAutograd
+_PLAIN = frozenset({type(None), bool, int, float, str})
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -43,7 +44,7 @@ def unwatched(args: Sequence[Any]) -> bool:
         if kind is Tensor or kind is Parameter:
             if arg.is_meta:
                 return False
-        elif isinstance(arg, Tensor):
+        elif kind not in _PLAIN:
             return False
     return True
 
