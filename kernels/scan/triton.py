@@ -32,14 +32,14 @@ def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
     device = problem.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return [f"triton: needs a CUDA or HIP device, the tensors are on {device.type}"]
+        return [f"needs a CUDA or HIP device, the tensors are on {device.type}"]
     width = problem.sizes["D"] * (2 if problem.options["pairs"] else 1)
     if width >= 2**30:
-        return [f"triton: rows of {width} numbers; at most {2**30 - 1}"]
+        return [f"rows of {width} numbers; at most {2**30 - 1}"]
     if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return [f"triton: needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"]
+            return [f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"]
     return []
 
 

@@ -175,8 +175,8 @@ def test_many_columns_come_with_more_warps() -> None:
 def test_what_it_cannot_do_and_unknown_targets_are_named() -> None:
     posed = problem("forward", "float32")
     on_cpu = Problem(posed.op, posed.direction, torch.device("cpu"), posed.dtypes, posed.sizes, posed.options)
-    assert backend.cannot(on_cpu) == ["triton: needs a CUDA or HIP device, the tensors are on cpu"]
+    assert backend.cannot(on_cpu) == ["needs a CUDA or HIP device, the tensors are on cpu"]
     huge = problem("forward", "float32", width=2**29, pairs=True)
-    assert backend.cannot(huge) == [f"triton: rows of {2**30} numbers; at most {2**30 - 1}"]
+    assert backend.cannot(huge) == [f"rows of {2**30} numbers; at most {2**30 - 1}"]
     with pytest.raises(ValueError, match="no target 'hopper'; a target is sm_80"):
         backend.compile_for("hopper", posed, backend.configs(posed)[0])
