@@ -1,8 +1,8 @@
 """What right means: an implementation's error against the loop in float64, beside the loop's own error in that dtype.
 
-`draw` makes the tensors of a problem, `Expected.of` runs the op's first backend (the loop) on them twice, in float64 and
-in the problem's dtypes, and `Expected.difference` says what is wrong with somebody's outputs. Forward and backward are
-problems of their own: a backward pass is compared on the residuals of the loop's forward pass.
+`draw` makes the tensors of a problem, `Expected.of` runs the op's first backend (the loop) on them twice, in float64
+and in the problem's dtypes, and `Expected.difference` says what is wrong with somebody's outputs. Forward and backward
+are problems of their own: a backward pass is compared on the residuals of the loop's forward pass.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from kernels.op import Backend, Config, Op
-from kernels.problem import Arg, Problem
+from kernels.problem import Arg, Problem, state_dtype
 
 # An error may be this many times the loop's own, plus so many ulp of the output's scale: a sum taken in another order
-# errs differently, and a result rounded once more errs by an ulp.
+# errs differently, and a result rounded once more errs by an ulp. A logarithm among the residuals was rounded
+# too, and the loop does without it.
 MULTIPLE = 4.0
 ULPS = 2.0
 
@@ -46,9 +47,8 @@ class Inputs:
     def needs(self) -> tuple[bool, ...]:
         """Which inputs get a gradient: all that are there and can have one."""
         present = dict(zip(self.op.names("backward"), self.tensors))
-        return tuple(
-            arg.name in self.op.gradients and present.get(self.op.gradients[arg.name]) is not None for arg in self.op.inputs
-        )
+        like = [self.op.gradients.get(arg.name, "") for arg in self.op.inputs]
+        return tuple(present.get(residual) is not None for residual in like)
 
     @property
     def results(self) -> tuple[Arg, ...]:
@@ -57,17 +57,34 @@ class Inputs:
             return self.op.outputs
         return tuple(replace(arg, name=f"d{arg.name}") for arg in self.op.inputs)
 
-    def wide(self) -> Inputs:
-        """The same numbers in float64; on the CPU where the device has no float64."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sequences."""
+        return sequence_dtype(self.op, self.problem)
+
+    @property
+    def largest_logarithm(self) -> float:
+        """The largest value that a backward pass receives as a logarithm, at least 1; 0 if it receives none."""
+        logarithms = {arg.name for arg in self.op.outputs if not arg.differentiable}
+        given = zip(self.op.names(self.problem.direction), self.tensors)
+        return max((max(_sizes(tensor)[0], 1.0) for name, tensor in given if name in logarithms), default=0.0)
+
+    def loop(self) -> tuple[Tensor | None, ...]:
+        """What the op's first backend makes of them."""
+        with torch.no_grad():
+            return tuple(self.call(self.op.backends[0], {})())
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers, all in that dtype; on the CPU where the device has no float64."""
         device = torch.device("cpu") if self.problem.device.type == "mps" else self.problem.device
 
-        def widen(tensor: Tensor | None) -> Tensor | None:
-            dtype = torch.float64 if tensor is not None and tensor.is_floating_point() else None
-            return None if tensor is None else tensor.to(device, dtype)
+        def convert(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-        dtypes = {name: torch.float64 if dtype.is_floating_point else dtype for name, dtype in self.problem.dtypes.items()}
-        problem = replace(self.problem, dtypes=dtypes, device=device)
-        return Inputs(self.op, problem, tuple(map(widen, self.tensors)), widen(self.cu_seqlens))
+        problem = replace(self.problem, dtypes=dict.fromkeys(self.problem.dtypes, dtype), device=device)
+        return Inputs(self.op, problem, tuple(map(convert, self.tensors)), convert(self.cu_seqlens))
 
 
 def pose(
@@ -96,9 +113,8 @@ def draw(op: Op, problem: Problem, *, seed: int = 0, by: str | None = None) -> I
     """Tensors that pose the problem. by: the backend whose forward pass gives a backward pass its residuals, or "auto";
     by default the loop."""
     generator = torch.Generator().manual_seed(seed)
-    dtypes = [(_arg(op, name).role, dtype) for name, dtype in problem.dtypes.items()]
-    dtype = next(dtype for role, dtype in dtypes if role == "sequence")
-    decay = next((dtype for role, dtype in dtypes if role == "decay"), dtype)
+    dtype = sequence_dtype(op, problem)
+    decay = next((d for name, d in problem.dtypes.items() if _arg(op, name).role == "decay"), dtype)
     facts = {"generator": generator, "decay_dtype": decay, **problem.options}
     sampled = _sample(op, problem.sizes, facts, dtype=dtype, device=problem.device)
     cu_seqlens = None
@@ -111,7 +127,10 @@ def draw(op: Op, problem: Problem, *, seed: int = 0, by: str | None = None) -> I
     with torch.no_grad():
         outputs = op(*inputs, cu_seqlens, *options, by or op.backends[0].name)
     known = {**sampled, **dict(zip((out.name for out in op.outputs), outputs))}
-    gradients = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+    gradients = [
+        torch.randn(out.shape, generator=generator).to(out.device, out.dtype) if arg.differentiable else None
+        for arg, out in zip(op.outputs, outputs)
+    ]
     return Inputs(op, problem, (*gradients, *(known[name] for name in op.residuals)), cu_seqlens)
 
 
@@ -135,21 +154,30 @@ class Expected:
     @staticmethod
     def of(inputs: Inputs) -> Expected:
         """Runs the loop in float64 and in the problem's own dtypes."""
-        loop = inputs.op.backends[0]
-        with torch.no_grad():
-            exact = inputs.wide().call(loop, {})()
-            own = inputs.call(loop, {})()
-        allowed = []
-        for right, rounded in zip(exact, own):
-            if right is None or rounded is None:
-                allowed.append((0.0, 0.0))
-                continue
-            worst, average = errors(rounded, right)
-            largest, size = _sizes(right)
-            ulp = torch.finfo(rounded.dtype).eps
-            allowed.append((MULTIPLE * worst + ULPS * ulp * largest, MULTIPLE * average + ULPS * ulp * size))
+        exact, own = inputs.to(torch.float64).loop(), inputs.loop()
+        losses = [errors(rounded, right) for rounded, right in zip(own, exact)]
+        if inputs.dtype == torch.float64:
+            # nothing wider stands beside float64: the loop's error is taken to be that in float32, scaled
+            narrow = inputs.to(torch.float32)
+            shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+            pairs = zip(narrow.loop(), narrow.to(torch.float64).loop())
+            losses = [(shrink * worst, shrink * average) for worst, average in (errors(*pair) for pair in pairs)]
         dtypes = tuple(None if tensor is None else tensor.dtype for tensor in own)
-        return Expected(inputs.results, tuple(exact), dtypes, tuple(allowed))
+        scales = [_sizes(right) for right in exact]
+        noise = torch.finfo(state_dtype(inputs.dtype)).eps * inputs.largest_logarithm
+        allowed = []
+        for arg, dtype in zip(inputs.results, dtypes):
+            # results of one role share error and scale: a gradient that cancels is no more exact than those beside it
+            alike = [n for n, other in enumerate(inputs.results) if (other.role, dtypes[n]) == (arg.role, dtype)]
+            ulp = 0.0 if dtype is None else torch.finfo(dtype).eps
+            limits = []
+            for kind in (0, 1):
+                loss, scale = max(losses[n][kind] for n in alike), max(scales[n][kind] for n in alike)
+                limit = MULTIPLE * (loss + noise * scale) + ULPS * ulp * scale
+                # a logarithm that only a backward pass sees: its error is the relative error of what is made from it
+                limits.append(limit if arg.differentiable else max(limit, ULPS * torch.finfo(inputs.dtype).eps))
+            allowed.append((limits[0], limits[1]))
+        return Expected(inputs.results, exact, dtypes, tuple(allowed))
 
     def difference(self, outputs: Any) -> str | None:
         """None if the outputs are right, else what is wrong with the first that is not."""
@@ -163,13 +191,17 @@ class Expected:
         return None
 
 
-def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """The largest absolute error and the root of the mean square; infinite where something is not finite."""
-    if exact.numel() == 0:
+def sequence_dtype(op: Op, problem: Problem) -> torch.dtype:
+    return next(dtype for name, dtype in problem.dtypes.items() if _arg(op, name).role == "sequence")
+
+
+def errors(got: Tensor | None, exact: Tensor | None) -> tuple[float, float]:
+    """The largest absolute error and the root of the mean square; infinite where only one of the two is finite."""
+    if got is None or exact is None:
         return 0.0, 0.0
-    gap = got.detach().to(exact.device, exact.dtype) - exact
-    worst, average = _sizes(gap)
-    return (worst, average) if bool(gap.isfinite().all()) else (float("inf"), float("inf"))
+    got = got.detach().to(exact.device, exact.dtype)
+    gap = torch.where(got == exact, 0.0, got - exact)
+    return _sizes(gap) if bool(gap.isfinite().all()) else (float("inf"), float("inf"))
 
 
 def _wrong(got: Any, exact: Tensor | None, dtype: torch.dtype | None, allowed: tuple[float, float]) -> str | None:
@@ -181,20 +213,20 @@ def _wrong(got: Any, exact: Tensor | None, dtype: torch.dtype | None, allowed: t
         return f"has shape {list(got.shape)}, expected {list(exact.shape)}"
     if got.dtype != dtype:
         return f"is {got.dtype}, expected {dtype}"
-    if not bool(got.isfinite().all()):
-        return "is not finite"
     found = errors(got, exact)
+    if found[0] == float("inf"):
+        return "is not finite"
     for error, limit, what in zip(found, allowed, ("at its worst", "on average")):
         if not error <= limit:
             return f"is off by {error:.2g} {what}, allowed {limit:.2g}"
     return None
 
 
-def _sizes(tensor: Tensor) -> tuple[float, float]:
-    """The largest absolute value, and the root of the mean square."""
-    if tensor.numel() == 0:
+def _sizes(tensor: Tensor | None) -> tuple[float, float]:
+    """The largest absolute value, and the root of the mean square, of what is finite."""
+    if tensor is None or tensor.numel() == 0:
         return 0.0, 0.0
-    wide = tensor.detach().double()
+    wide = torch.where(tensor.isfinite(), tensor.detach(), 0.0).double()
     return float(wide.abs().max()), float(wide.square().mean().sqrt())
 
 

@@ -26,6 +26,8 @@ from kernels.problem import Problem
 
 # Called with what is done and what there is to do, in problems, and what comes next.
 Progress = Callable[[float, int, str], None]
+# Likewise within one problem, in steps.
+Steps = Callable[[int, int, str], None]
 
 # What the loop may cost in a check: this share of the seconds, and so many bytes and flops of the perfect
 # implementation in float64. Its own memory is about ten times those bytes, or a number for every eight flops.
@@ -36,7 +38,7 @@ LOOP_FLOPS = 2**33
 STARTUP_SHARE = 0.5
 # The loop's seconds per step are measured on this many.
 TRIAL_STEPS = 64
-# Shorter checks end in the middle of a chunk of any size: their length is 37 above a multiple of 64, never less than this.
+# Shorter checks end in the middle of a chunk of any size: their length is 37 above a multiple of 64.
 TAIL, MULTIPLE, SHORTEST = 37, 64, 101
 
 
@@ -46,8 +48,9 @@ def tune(
     *,
     seconds: float = 10.0,
     store: autotune.Store | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Steps | None = None,
     retime: bool = False,
+    defaults: bool = False,
 ) -> list[autotune.Record]:
     """Checks and times the op's candidates for a problem, and returns the new records; see `autotune.search.search`.
 
@@ -57,7 +60,7 @@ def tune(
 
     seconds: about how long it may take; candidates that say that they need longer to get ready (a backend module's
     `startup(problem, config)`, in seconds) are left for a longer search. store: where records go, by default the user's
-    table. retime: measure again what is on record.
+    table. retime: measure again what is on record. defaults: only the first config of each backend.
     """
     start = time.perf_counter()
     trial = _Trial(op, problem, LOOP_SHARE * seconds)
@@ -66,6 +69,7 @@ def tune(
         Candidate(backend.name, config, partial(trial.prepare, backend, config))
         for backend, config in op.candidates(problem)
         if startup(backend, problem, config) <= STARTUP_SHARE * seconds
+        and (config == backend.configs(problem)[0] or not defaults)
     ]
     with torch.no_grad():
         made = search(
@@ -90,7 +94,8 @@ def tune_problems(
     progress: Progress | None = None,
     retime: bool = False,
 ) -> dict[Problem, list[autotune.Record]]:
-    """Tunes several problems, the most expensive first, each with an equal share of the seconds that are left.
+    """Tunes several problems, the most expensive first, each with an equal share of the seconds that are left: first
+    the default config of every backend for all of them, then, in the time that is left, the other configs.
 
     Problems that share a key (see `Op.key`: lengths are rounded up to powers of two) are tuned once, at the longest.
     Each problem's records are saved as they are made: interrupted and called again, it continues.
@@ -99,19 +104,23 @@ def tune_problems(
     todo: dict[autotune.Key, Problem] = {}
     for problem in sorted(problems, key=_expense, reverse=True):
         todo.setdefault(OPS[problem.op].key(problem), problem)
-    made: dict[Problem, list[autotune.Record]] = {}
-    for number, problem in enumerate(todo.values()):
-        left = max(deadline - time.perf_counter(), 0.0) / (len(todo) - number)
-        made[problem] = tune(
+    made: dict[Problem, list[autotune.Record]] = {problem: [] for problem in todo.values()}
+    # what is measured again is measured once
+    passes = (False,) if retime else (True, False)
+    steps = len(passes) * len(todo)
+    for number, (defaults, problem) in enumerate((d, p) for d in passes for p in made):
+        left = max(deadline - time.perf_counter(), 0.0) / (steps - number)
+        made[problem] += tune(
             OPS[problem.op],
             problem,
             seconds=left,
             store=store,
-            progress=_part(progress, number, len(todo), problem),
+            progress=_part(progress, number / len(passes), len(made), len(passes), problem),
             retime=retime,
+            defaults=defaults,
         )
     if progress:
-        progress(len(todo), len(todo), "done")
+        progress(len(made), len(made), "done")
     return made
 
 
@@ -126,10 +135,11 @@ def _expense(problem: Problem) -> tuple[int, int]:
     return cost.bytes, cost.flops
 
 
-def _part(progress: Progress | None, number: int, count: int, problem: Problem) -> Callable[[int, int, str], None] | None:
+def _part(progress: Progress | None, before: float, count: int, passes: int, problem: Problem) -> Steps | None:
     if progress is None:
         return None
-    return lambda done, total, what: progress(number + done / total, count, f"{problem.op} {problem.direction}: {what}")
+    what = f"{problem.op} {problem.direction}"
+    return lambda done, total, step: progress(before + done / total / passes, count, f"{what}: {step}")
 
 
 class _Trial:
@@ -195,7 +205,7 @@ def checked_length(op: Op, problem: Problem, seconds: float) -> int:
     whole = problem.sizes["T"]
     wide = replace(problem, dtypes=dict.fromkeys(problem.dtypes, torch.float64))
     longest = whole
-    while longest > SHORTEST and not _fits(op, _shortened(wide, longest)):
+    while longest > SHORTEST and not fits(op, _shortened(wide, longest)):
         longest //= 2
     if whole > 2 * SHORTEST:
         inputs = draw(op, _shortened(problem, TRIAL_STEPS))
@@ -209,11 +219,15 @@ def checked_length(op: Op, problem: Problem, seconds: float) -> int:
     return max((longest - TAIL) // MULTIPLE * MULTIPLE + TAIL, SHORTEST)
 
 
-def _fits(op: Op, problem: Problem) -> bool:
+def fits(op: Op, problem: Problem) -> bool:
+    """Whether the loop may run the problem: it keeps what it computes at every step."""
     cost = op.cost(problem)
     return cost.bytes <= LOOP_BYTES and cost.flops <= LOOP_FLOPS
 
 
 def _shortened(problem: Problem, length: int) -> Problem:
-    """The problem at another length."""
-    return replace(problem, sizes={**problem.sizes, "T": length})
+    """The problem at another length T; where there are more rows S of keys than T, as many more."""
+    sizes = {**problem.sizes, "T": length}
+    if "S" in sizes:
+        sizes["S"] += length - problem.sizes["T"]
+    return replace(problem, sizes=sizes)
