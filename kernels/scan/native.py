@@ -45,13 +45,13 @@ def cannot(problem: Problem) -> list[str]:
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first.
 
-    block: the lanes that a thread walks down side by side, at most. around_cache_mib: outputs of this size together,
+    block: a thread walks down at most so many columns side by side. around_cache_mib: outputs of this size together,
     in MiB, are written around the cache.
     """
     return [
-        {"block": 4096, "around_cache_mib": 24},
-        {"block": 512, "around_cache_mib": 24},
-        {"block": 4096, "around_cache_mib": 0},
+        {"block": 2048, "around_cache_mib": 24},
+        {"block": 2048, "around_cache_mib": 8},
+        {"block": 1024, "around_cache_mib": 24},
     ]
 
 
@@ -66,8 +66,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """h like x, and final_state [N, D] or [N, D, 2] in the dtype of states."""
     h = pool.empty_like(x)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = x.new_empty((sequences, *x.shape[2:]), dtype=state_dtype(x.dtype))
+    batch, _, *columns = x.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = torch.empty((sequences, *columns), dtype=state_dtype(x.dtype), device=x.device)
     _forward(a, x, initial_state, cu_seqlens, h, final_state, reverse, config)
     return h, final_state
 
@@ -179,12 +180,7 @@ def _address(tensor: Tensor | None) -> int:
 def _side_by_side(x: Tensor) -> Tensor:
     """x if its columns (and pairs) lie side by side, else a copy; batch and time may have any strides."""
     stride = x.stride()
-    step = 1
-    if len(stride) == 4:
-        if stride[3] != 1:
-            return x.contiguous()
-        step = 2
-    return x if stride[2] == step or x.shape[2] == 1 else x.contiguous()
+    return x if stride[-1] == 1 and stride[2] == len(stride) - 2 else x.contiguous()
 
 
 def _packed(state: Tensor | None) -> Tensor | None:
