@@ -6,7 +6,7 @@ import importlib.util
 import types
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from kernels.jit_cpp import BuildError, compiler
 _compiled: dict[Any, Callable[..., Any]] = {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def reason(device_type: str) -> str | None:
     """Why Inductor cannot generate code for the device; None if it can."""
     if device_type == "cpu":
@@ -52,7 +52,9 @@ def compiled(function: Callable[..., Any], *tensors: Tensor, **flags: bool) -> A
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     assert isinstance(function, types.FunctionType)
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    copy = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+    )
     fast = torch.compile(copy, dynamic=True, fullgraph=True)
     failed = False
 
@@ -64,7 +66,8 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 failed = True
                 cause = str(error).strip().splitlines()[0]
-                warnings.warn(f"torch.compile failed, {function.__name__} runs uncompiled: {cause}", RuntimeWarning, stacklevel=3)
+                message = f"torch.compile failed, {function.__name__} runs uncompiled: {cause}"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
         return function(*args, **flags)
 
     return call

@@ -182,7 +182,9 @@ class Op:
             backend = self.backend(name)
             reasons = backend.cannot(problem)
             if reasons:
-                raise RuntimeError(f"{self.name}: backend {name!r} cannot run this problem: {'; '.join(reasons)} ({problem})")
+                raise RuntimeError(
+                    f"{self.name}: backend {name!r} cannot run this problem: {'; '.join(reasons)} ({problem})"
+                )
         by_rule = torch.are_deterministic_algorithms_enabled()
         candidates = [c for c in self.candidates(problem) if name in ("auto", c[0].name)]
         if not candidates:

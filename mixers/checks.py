@@ -79,7 +79,9 @@ def shape_and_dtype(make: Make, case: Case) -> None:
             _require(after is None, "a mixer that is not causal returned a state")
             continue
         initial = mixer.init_state(case.batch)
-        _require(_layout(initial) == _layout(after), f"the state went in as {_layout(initial)}, out as {_layout(after)}")
+        _require(
+            _layout(initial) == _layout(after), f"the state went in as {_layout(initial)}, out as {_layout(after)}"
+        )
 
 
 def future_never_leaks(make: Make, case: Case) -> None:
@@ -109,7 +111,7 @@ def splitting(make: Make, case: Case) -> None:
 
 
 def token_by_token(make: Make, case: Case) -> None:
-    """Decoding one token at a time equals the whole at once: outputs, state and gradients, the final state's included."""
+    """Decoding one token at a time equals the whole at once: outputs, state and gradients, those of the state too."""
     mixer = case.mixer(make)
     if not mixer.causal:
         return
@@ -167,7 +169,7 @@ def batch_permutes(make: Make, case: Case) -> None:
 def gradients_arrive(make: Make, case: Case) -> None:
     """Every parameter, the input and the initial state get a gradient; a loss on the final state alone reaches x."""
     mixer = case.mixer(make)
-    # the first token alone may not see every parameter (a first position is not rotated, a gate multiplies a zero state)
+    # the first token alone may not see every parameter (its position is not rotated, its decay meets a zero state)
     x = case.normal(case.batch, max(case.length, 4), case.dim).requires_grad_()
     initial = None
     if mixer.causal:
@@ -177,7 +179,9 @@ def gradients_arrive(make: Make, case: Case) -> None:
     floats = [t for t in state.leaves(initial) if t.is_floating_point() and t.numel()]
     loss = (y * case.normal(*y.shape, salt=2)).sum() + (_probe(after) if mixer.causal else 0.0)
     named = {"x": x, **{f"state {n}": t for n, t in enumerate(floats)}, **dict(mixer.named_parameters())}
-    for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)):
+    for name, gradient in zip(
+        named, torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    ):
         _require(gradient is not None, f"{name} gets no gradient")
         _require(bool(gradient.isfinite().all()), f"the gradient of {name} is not finite")
         _require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
@@ -212,7 +216,8 @@ def backends_agree(make: Make, case: Case) -> None:
     """Every backend that can run here gives the naive one's outputs, states and gradients."""
     from kernels.catalogue import OPS
 
-    mixer, x = case.mixer(make), case.x().requires_grad_()
+    mixer: Any = case.mixer(make)
+    x = case.x().requires_grad_()
     if not hasattr(mixer, "backend"):
         return
     mixer.backend = "naive"
@@ -294,7 +299,7 @@ def autocast(make: Make, case: Case) -> None:
 
 
 def extreme_values(make: Make, case: Case) -> None:
-    """Saturated gates, huge, tiny and zero inputs: outputs, states and gradients stay finite in float32 and bfloat16."""
+    """Saturated gates, huge, tiny and zero inputs: outputs, states and gradients stay finite, in bfloat16 too."""
     for dtype, factor in itertools.product((torch.float32, torch.bfloat16), (0.0, 1e-30, 1e3)):
         mixer = case.mixer(make, dtype)
         x = (case.x() * factor).to(dtype).requires_grad_()

@@ -88,7 +88,9 @@ class HGRN(SequenceMixer):
             self.f_conv = nn.Parameter(torch.empty(self.width, short_conv).uniform_(-bound, bound))
         self._set_lower_bound(lower_bound)
 
-    def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         weight = self.f_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         shape = (batch, self.width, 2) if self.complex else (batch, self.width)

@@ -50,9 +50,15 @@ class MinGRU(SequenceMixer):
         self.h_proj = nn.Linear(dim, self.width, bias=bias)
         self.o_proj = nn.Linear(self.width, dim, bias=bias)
 
-    def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         weight = self.z_proj.weight
-        return {"h": torch.zeros(batch, self.width, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
+        return {
+            "h": torch.zeros(
+                batch, self.width, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype)
+            )
+        }
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         z, candidate = self.z_proj(x), self.h_proj(x)

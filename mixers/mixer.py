@@ -41,7 +41,7 @@ class SequenceMixer(nn.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
-        """The state before the first token, of `batch` sequences. device and dtype (of x) default to the parameters'."""
+        """The state before the first token of `batch` sequences. device and dtype (x's) default to the parameters'."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -90,7 +90,8 @@ class SequenceMixer(nn.Module):
                 raise ValueError(f"{name}: axis B is {batch}, but packed sequences (cu_seqlens) need B = 1")
             if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 2:
                 raise ValueError(
-                    f"{name}: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, expected int32 or int64 [N + 1]"
+                    f"{name}: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, "
+                    "expected int32 or int64 [N + 1]"
                 )
             batch = cu_seqlens.shape[0] - 1
         if state is None:

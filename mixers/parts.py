@@ -26,13 +26,16 @@ def choice(who: str, option: str, value: str, allowed: object) -> str:
 
 
 def norm(kind: str, dim: int) -> nn.Module:
-    """"layer": (x - mean) / std · w + b;  "rms": x / rms(x) · w;  over the last axis."""
+    """ "layer": (x - mean) / std · w + b;  "rms": x / rms(x) · w;  over the last axis."""
     choice("norm", "kind", kind, ("layer", "rms"))
     return nn.LayerNorm(dim) if kind == "layer" else nn.RMSNorm(dim, eps=1e-5)
 
 
 class GLU(nn.Module):
-    """Gated linear unit, the channel mixer: y = W3 (act(W1 x) ⊙ W2 x), W1, W2: dim -> width (Shazeer, arXiv 2002.05202)."""
+    """Gated linear unit, the channel mixer: y = W3 (act(W1 x) ⊙ W2 x), W1, W2: dim -> width.
+
+    Source: Shazeer, "GLU variants improve Transformer", arXiv 2002.05202.
+    """
 
     def __init__(self, dim: int, width: int, *, activation: str = "silu", bias: bool = True) -> None:
         super().__init__()
@@ -84,7 +87,8 @@ class BoundOfLayer:
 def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Rotary position embedding of x [B, T, H, K] at positions [B or 1, T], in float32 (Su et al., arXiv 2104.09864).
 
-    Halves convention: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos), x1 the first half of K, angle = position · base^(-2j/K).
+    Halves convention: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos) with x1 the first half of K and
+    angle = position · base^(-2j/K).
     """
     half = x.shape[-1] // 2
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

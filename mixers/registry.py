@@ -72,7 +72,7 @@ def build(name: str, dim: int, **options: Any) -> SequenceMixer:
             raise TypeError(f"{name}: no option {option!r}{suggest(option, known)}; there are {', '.join(known)}")
     if not isinstance(dim, int) or dim < 1:
         raise ValueError(f"{name}: dim is {dim!r}, expected an integer of at least 1")
-    return cls(dim, **options)  # type: ignore[call-arg]
+    return cls(dim, **options)
 
 
 def describe(name: str) -> str:

@@ -55,7 +55,9 @@ class RGLRU(SequenceMixer):
         # softplus(Λ) = −log a / 8
         self.decay = nn.Parameter(torch.log(torch.expm1(-log_a / self.C)))
 
-    def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         device, dtype = device or self.decay.device, dtype or self.decay.dtype
         return {"h": torch.zeros(batch, self.dim, device=device, dtype=state_dtype(dtype))}
 

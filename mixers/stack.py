@@ -85,13 +85,17 @@ class Stack(SequenceMixer):
                 own.setdefault("lower_bound", self.bounds.row(bounded.index(n)))
             mixer = registry.build(name, dim, **own)
             blocks.append(
-                Block(mixer, kind=norm, width=glu_width or 2 * dim, activation=glu_activation, bias=bias, dropout=dropout)
+                Block(
+                    mixer, kind=norm, width=glu_width or 2 * dim, activation=glu_activation, bias=bias, dropout=dropout
+                )
             )
         self.blocks = nn.ModuleList(blocks)
         self.norm = _norm(norm, dim)
         self.causal = all(block.mixer.causal for block in blocks)
 
-    def init_state(self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
         return tuple(block.mixer.init_state(batch, device=device, dtype=dtype) for block in self.blocks)  # type: ignore[union-attr, operator]
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:

@@ -30,7 +30,12 @@ def apply(function: Callable[[Tensor], Tensor], state: State) -> Any:
 def leaves(state: State) -> list[Tensor]:
     """Every tensor of the tree, in order."""
     found: list[Tensor] = []
-    apply(lambda tensor: (found.append(tensor), tensor)[1], state)
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply(collect, state)
     return found
 
 

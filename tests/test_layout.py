@@ -16,10 +16,12 @@ ROOT = Path(mixers.__file__).parent.parent
 ALLOWED = {"autotune": set(), "kernels": {"autotune"}, "mixers": {"autotune", "kernels"}}
 # modules directly in Hugging Face's `kernels` package, which shares the import name
 HUGGING_FACE = {
-    "__init__", "__main__", "_versions", "backends", "benchmark", "benchmarks", "check", "cli", "compat", "deps", "doc",
-    "generate_readme", "init", "kernel_card_utils", "layer", "load", "lockfile", "metadata", "migrate", "python_depends",
-    "skills", "status", "upload", "utils", "variants", "verify", "versions", "wheel",
+    "__init__", "__main__", "_versions", "backends", "benchmark", "benchmarks", "check", "cli", "compat",
+    "deps", "doc", "generate_readme", "init", "kernel_card_utils", "layer", "load", "lockfile", "metadata",
+    "migrate", "python_depends", "skills", "status", "upload", "utils", "variants", "verify", "versions",
+    "wheel",
 }  # fmt: skip
+)
 
 
 def test_imports_run_from_mixers_to_kernels_to_autotune() -> None:
@@ -34,15 +36,21 @@ def test_imports_run_from_mixers_to_kernels_to_autotune() -> None:
                 for name in names:
                     top = name.split(".")[0]
                     seen += 1
-                    assert top not in ALLOWED or top == package or top in allowed, f"{path}:{node.lineno} imports {name}"
-                    assert top not in ("benchmarks", "tests"), f"{path}:{node.lineno} imports {name}, which is not installed"
+                    assert top not in ALLOWED or top == package or top in allowed, (
+                        f"{path}:{node.lineno} imports {name}"
+                    )
+                    assert top not in ("benchmarks", "tests"), (
+                        f"{path}:{node.lineno} imports {name}, which is not installed"
+                    )
     assert seen > 100
 
 
 def test_kernels_leaves_room_for_hugging_face() -> None:
     import kernels
 
-    assert getattr(kernels, "__file__", None) is None, "kernels/ must have no __init__.py: another distribution may own it"
+    assert getattr(kernels, "__file__", None) is None, (
+        "kernels/ must have no __init__.py: another distribution may own it"
+    )
     files = {path.stem for path in (ROOT / "kernels").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert files.isdisjoint(HUGGING_FACE)
 
@@ -61,7 +69,18 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_needs_neither_triton_nor_a_compiler_nor_the_extras() -> None:
-    blocked = ("triton", "typer", "rich", "pandas", "matplotlib", "safetensors", "hypothesis", "pytest", "fla", "transformers")
+    blocked = (
+        "triton",
+        "typer",
+        "rich",
+        "pandas",
+        "matplotlib",
+        "safetensors",
+        "hypothesis",
+        "pytest",
+        "fla",
+        "transformers",
+    )
     code = f"""
 import os, sys
 os.environ["PATH"] = ""

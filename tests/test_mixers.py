@@ -27,14 +27,38 @@ def test_build_from_config_gives_the_same_layer() -> None:
 
 WRONG: dict[str, tuple[type[Exception], str, Any]] = {
     "mixer": (ValueError, "no mixer 'hgm'; did you mean 'hgrn'", lambda: mixers.build("hgm", dim=8)),
-    "option": (TypeError, "hgrn: no option 'expnd'; did you mean 'expand'", lambda: mixers.build("hgrn", dim=8, expnd=2)),
-    "value": (ValueError, "norm is 'batch', expected one of 'layer', 'rms'", lambda: mixers.build("hgrn", dim=8, norm="batch")),
+    "option": (
+        TypeError,
+        "hgrn: no option 'expnd'; did you mean 'expand'",
+        lambda: mixers.build("hgrn", dim=8, expnd=2),
+    ),
+    "value": (
+        ValueError,
+        "norm is 'batch', expected one of 'layer', 'rms'",
+        lambda: mixers.build("hgrn", dim=8, norm="batch"),
+    ),
     "dim": (ValueError, "hgrn: dim is 0", lambda: mixers.build("hgrn", dim=0)),
-    "heads": (ValueError, "rglru: dim is 8, which heads = 3 does not divide", lambda: mixers.build("rglru", 8, heads=3)),
+    "heads": (
+        ValueError,
+        "rglru: dim is 8, which heads = 3 does not divide",
+        lambda: mixers.build("rglru", 8, heads=3),
+    ),
     "bound": (ValueError, "lower_bound is 1.5", lambda: mixers.build("hgrn", 8, lower_bound=1.5)),
-    "bound shape": (ValueError, r"lower_bound has shape \[3\], expected \[8\]", lambda: mixers.build("hgrn", 8, lower_bound=torch.zeros(3))),
-    "width": (ValueError, "axis dim is 9 in x but 8 in the layer", lambda: mixers.build("hgrn", 8)(torch.zeros(1, 2, 9))),
-    "axes": (ValueError, r"x has 2 axes \[2, 8\], expected \[B, T, 8\]", lambda: mixers.build("hgrn", 8)(torch.zeros(2, 8))),
+    "bound shape": (
+        ValueError,
+        r"lower_bound has shape \[3\], expected \[8\]",
+        lambda: mixers.build("hgrn", 8, lower_bound=torch.zeros(3)),
+    ),
+    "width": (
+        ValueError,
+        "axis dim is 9 in x but 8 in the layer",
+        lambda: mixers.build("hgrn", 8)(torch.zeros(1, 2, 9)),
+    ),
+    "axes": (
+        ValueError,
+        r"x has 2 axes \[2, 8\], expected \[B, T, 8\]",
+        lambda: mixers.build("hgrn", 8)(torch.zeros(2, 8)),
+    ),
     "integers": (TypeError, "x is torch.int64", lambda: mixers.build("hgrn", 8)(torch.zeros(1, 2, 8).long())),
     "batch": (
         ValueError,
@@ -52,8 +76,16 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
         lambda: mixers.build("hgrn", 8)(torch.zeros(2, 2, 8), cu_seqlens=torch.tensor([0, 2])),
     ),
     "stack": (ValueError, "expected a list of mixers' names", lambda: mixers.Stack(8, "hgrn")),
-    "stack options": (ValueError, "options for 'mingru', which is not among", lambda: mixers.Stack(8, ["hgrn"], options={"mingru": {}})),
-    "names clash": (ValueError, "'hgrn' is already registered by mixers.hgrn.HGRN", lambda: registry.register(name="hgrn")(mixers.MinGRU)),
+    "stack options": (
+        ValueError,
+        "options for 'mingru', which is not among",
+        lambda: mixers.Stack(8, ["hgrn"], options={"mingru": {}}),
+    ),
+    "names clash": (
+        ValueError,
+        "'hgrn' is already registered by mixers.hgrn.HGRN",
+        lambda: registry.register(name="hgrn")(mixers.MinGRU),
+    ),
     "no mixer": (TypeError, "is not a subclass of SequenceMixer", lambda: registry.register(name="linear")(nn.Linear)),
 }
 
@@ -127,7 +159,9 @@ def test_hgrn_is_the_papers_equation() -> None:
 
 
 def test_theta_starts_like_rotary_frequencies() -> None:
-    torch.testing.assert_close(mixers.build("hgrn", 4).theta[0], torch.tensor([1.0, 1e-2, 1e-4, 1e-6]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        mixers.build("hgrn", 4).theta[0], torch.tensor([1.0, 1e-2, 1e-4, 1e-6]), rtol=1e-4, atol=0
+    )
 
 
 def test_bidirectional_counts_a_tokens_own_input_twice() -> None:
@@ -195,7 +229,9 @@ def test_real_hgrn_agrees_with_flash_linear_attention() -> None:
 
 def test_rglru_agrees_with_transformers() -> None:
     gemma = pytest.importorskip("transformers.models.recurrent_gemma.modeling_recurrent_gemma")
-    config = pytest.importorskip("transformers").RecurrentGemmaConfig(lru_width=12, num_attention_heads=3, hidden_size=12)
+    config = pytest.importorskip("transformers").RecurrentGemmaConfig(
+        lru_width=12, num_attention_heads=3, hidden_size=12
+    )
     theirs = gemma.RecurrentGemmaRglru(config)
     torch.manual_seed(0)
     for parameter in theirs.parameters():

@@ -35,7 +35,9 @@ def problem_sizes(op: Op, draw_: st.DrawFn) -> dict[str, int]:
 
 def facts(op: Op, draw_: st.DrawFn) -> dict[str, Any]:
     """Values for the op's flags and for what its sample takes."""
-    found = {name: draw_(st.booleans(), label=name) for name, default in op.options.items() if isinstance(default, bool)}
+    found = {
+        name: draw_(st.booleans(), label=name) for name, default in op.options.items() if isinstance(default, bool)
+    }
     if any(arg.pairs for arg in op.inputs):
         found["pairs"] = draw_(st.booleans(), label="pairs")
     for arg in op.inputs:
@@ -59,7 +61,11 @@ def test_backend_agrees_with_the_loop(name: str, backend_name: str, direction: s
             sizes |= {"B": 1, "N": data.draw(st.integers(1, 5), label="N")}
             given_facts["packed"] = True
         dtype = data.draw(st.sampled_from((torch.float64, torch.float32, torch.float16, torch.bfloat16)), label="dtype")
-        decay = dtype if data.draw(st.booleans(), label="decay in the sequence's dtype") or dtype == torch.float64 else torch.float32
+        decay = (
+            dtype
+            if data.draw(st.booleans(), label="decay in the sequence's dtype") or dtype == torch.float64
+            else torch.float32
+        )
         try:
             problem = pose(op, direction, sizes, dtype=dtype, device=CPU, decay_dtype=decay, **given_facts)
         except (ValueError, TypeError):
@@ -87,7 +93,9 @@ def test_opcheck(name: str) -> None:
     op = OPS[name]
     sizes = {letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 7, "S": 7}
     sampled = op.sample(sizes, dtype=torch.float32)
-    tensors = [None if t is None else t.requires_grad_(t.is_floating_point()) for t in (sampled[a.name] for a in op.inputs)]
+    tensors = [
+        None if t is None else t.requires_grad_(t.is_floating_point()) for t in (sampled[a.name] for a in op.inputs)
+    ]
     torch.library.opcheck(op.forward_overload, (*tensors, None, *op.options.values(), "naive"))
 
 
@@ -107,7 +115,9 @@ def test_flops_are_counted(name: str) -> None:
     op = OPS[name]
     sizes = {letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 4, "S": 4}
     sampled = op.sample(sizes, dtype=torch.float32)
-    tensors = [None if t is None else t.requires_grad_(t.is_floating_point()) for t in (sampled[a.name] for a in op.inputs)]
+    tensors = [
+        None if t is None else t.requires_grad_(t.is_floating_point()) for t in (sampled[a.name] for a in op.inputs)
+    ]
     with FlopCounterMode(display=False) as counter:
         outputs = op(*tensors, None, *op.options.values(), "naive")
         forward = counter.get_total_flops()

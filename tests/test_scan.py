@@ -26,7 +26,11 @@ def hard_problems(draw_: st.DrawFn, direction: str) -> Inputs:
     """Decays drawn from the hard values, channel by channel or row by row."""
     length = draw_(st.sampled_from((1, 2, 15, 16, 17, 33, 65, 130)))
     sizes = {"B": draw_(st.integers(1, 3)), "T": length, "D": draw_(st.sampled_from((1, 5, 16, 19)))}
-    facts: dict[str, Any] = {"reverse": draw_(st.booleans()), "pairs": draw_(st.booleans()), "initial_state": draw_(st.booleans())}
+    facts: dict[str, Any] = {
+        "reverse": draw_(st.booleans()),
+        "pairs": draw_(st.booleans()),
+        "initial_state": draw_(st.booleans()),
+    }
     if draw_(st.booleans()):
         sizes |= {"B": 1, "N": draw_(st.integers(1, 6))}
         facts["packed"] = True
@@ -47,7 +51,9 @@ def hard_problems(draw_: st.DrawFn, direction: str) -> Inputs:
         # the rows h that these decays give
         initial = inputs.tensors[-1]
         x = torch.randn(a.shape, generator=generator).to(dtype)
-        tensors[names.index("h")] = OP(tensors[names.index("a")], x, initial, inputs.cu_seqlens, facts["reverse"], "naive")[0]
+        tensors[names.index("h")] = OP(
+            tensors[names.index("a")], x, initial, inputs.cu_seqlens, facts["reverse"], "naive"
+        )[0]
     return Inputs(OP, problem, tuple(tensors), inputs.cu_seqlens)
 
 
@@ -135,7 +141,9 @@ def test_generated_code_agrees() -> None:
     """`compiled` through Inductor: one graph of each kind for several lengths."""
     backend = OP.backend("compiled")
     for direction, length in itertools.product(("forward", "backward"), (19, 70)):
-        problem = pose(OP, direction, {"B": 2, "T": length, "D": 9}, dtype=torch.float32, device=CPU, initial_state=True)
+        problem = pose(
+            OP, direction, {"B": 2, "T": length, "D": 9}, dtype=torch.float32, device=CPU, initial_state=True
+        )
         configs = [config for config in backend.configs(problem) if config["inductor"]]
         if not configs:
             pytest.fail("no C++ compiler: Inductor cannot be checked here")
@@ -161,19 +169,47 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
     "width": (ValueError, "scan: axis D is 3 in a but 6 in x", lambda: scan(a, torch.rand(2, 4, 6))),
     "axes": (ValueError, r"scan: x has 2 axes \[4, 3\], expected \[B, T, D\]", lambda: scan(a, x[0])),
     "no time": (ValueError, "scan: axis T is 0 in a", lambda: scan(a[:, :0], x[:, :0])),
-    "state": (ValueError, "scan: axis N is 3 in initial_state but the batch B is 2", lambda: scan(a, x, torch.zeros(3, 3))),
-    "state dtype": (TypeError, "initial_state is float64 but x is float32", lambda: scan(a, x, torch.zeros(2, 3).double())),
+    "state": (
+        ValueError,
+        "scan: axis N is 3 in initial_state but the batch B is 2",
+        lambda: scan(a, x, torch.zeros(3, 3)),
+    ),
+    "state dtype": (
+        TypeError,
+        "initial_state is float64 but x is float32",
+        lambda: scan(a, x, torch.zeros(2, 3).double()),
+    ),
     "integers": (TypeError, "scan: x is int64, expected a floating-point", lambda: scan(a, x.long())),
     "dtypes": (TypeError, "scan: a is float64 but x is float32", lambda: scan(a.double(), x)),
     "half complex": (TypeError, "scan: a is torch.float32 beside complex", lambda: scan(a, x + 0j)),
     "devices": (ValueError, "scan: a is on cpu but x is on meta", lambda: scan(a, x.to("meta"))),
     "packed batch": (ValueError, "scan: axis B is 2, but packed", lambda: scan(a, x, cu_seqlens=packed)),
-    "packed end": (ValueError, "goes from 0 to 4, but axis T goes from 0 to 3", lambda: scan(a[:1, :3], x[:1, :3], cu_seqlens=packed)),
-    "packed order": (ValueError, "cu_seqlens falls from 3 to 2", lambda: scan(a[:1], x[:1], cu_seqlens=torch.tensor([0, 3, 2, 4]))),
+    "packed end": (
+        ValueError,
+        "goes from 0 to 4, but axis T goes from 0 to 3",
+        lambda: scan(a[:1, :3], x[:1, :3], cu_seqlens=packed),
+    ),
+    "packed order": (
+        ValueError,
+        "cu_seqlens falls from 3 to 2",
+        lambda: scan(a[:1], x[:1], cu_seqlens=torch.tensor([0, 3, 2, 4])),
+    ),
     "packed dtype": (TypeError, "cu_seqlens is float32", lambda: scan(a[:1], x[:1], cu_seqlens=packed.float())),
-    "packed state": (ValueError, "number of packed sequences", lambda: scan(a[:1], x[:1], torch.zeros(1, 3), cu_seqlens=packed)),
-    "backend": (ValueError, "no backend 'cuda'; there are auto, naive, compiled, native, triton", lambda: scan(a, x, backend="cuda")),
-    "unavailable": (RuntimeError, "backend 'triton' cannot run this problem: runs on cuda, the tensors are on cpu", lambda: scan(a, x, backend="triton")),
+    "packed state": (
+        ValueError,
+        "number of packed sequences",
+        lambda: scan(a[:1], x[:1], torch.zeros(1, 3), cu_seqlens=packed),
+    ),
+    "backend": (
+        ValueError,
+        "no backend 'cuda'; there are auto, naive, compiled, native, triton",
+        lambda: scan(a, x, backend="cuda"),
+    ),
+    "unavailable": (
+        RuntimeError,
+        "backend 'triton' cannot run this problem: runs on cuda, the tensors are on cpu",
+        lambda: scan(a, x, backend="triton"),
+    ),
 }
 
 

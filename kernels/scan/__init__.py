@@ -47,14 +47,14 @@ def scan(
     Source: Martin & Cundy 2018, "Parallelizing linear recurrent neural nets over sequence length" (arXiv 1709.04057).
     """
     if not (x.is_complex() or a.is_complex()):
-        return OP(a, x, initial_state, cu_seqlens, reverse, backend)
+        h, final = OP(a, x, initial_state, cu_seqlens, reverse, backend)
+        return h, final
     for name, tensor in (("a", a), ("x", x), ("initial_state", initial_state)):
         if tensor is not None and not tensor.is_complex():
             raise TypeError(f"scan: {name} is {tensor.dtype} beside complex tensors, expected a complex dtype")
     initial = None if initial_state is None else torch.view_as_real(initial_state.resolve_conj())
-    h, final = OP(
-        torch.view_as_real(a.resolve_conj()), torch.view_as_real(x.resolve_conj()), initial, cu_seqlens, reverse, backend
-    )
+    a, x = torch.view_as_real(a.resolve_conj()), torch.view_as_real(x.resolve_conj())
+    h, final = OP(a, x, initial, cu_seqlens, reverse, backend)
     return torch.view_as_complex(h), torch.view_as_complex(final)
 
 

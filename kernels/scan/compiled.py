@@ -7,8 +7,8 @@ Time is cut into chunks of C rows. Two small functions do everything, each one g
 
 and the states between chunks are the scan of the summaries (A, X): the same problem, C times shorter. So there are
 2 log_C(T) launches, all of them parallel over chunks, and 5/3 of the least bytes. Both functions are compiled once for
-all lengths. Where there is no compiler, and by default on CPU, where generating the code takes Inductor longer than most
-programs would gain, they run as they are.
+all lengths. Where there is no compiler, and by default on CPU, where generating the code takes Inductor longer than
+most programs would gain, they run as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import inductor
@@ -93,7 +92,9 @@ def chunks(rows: Tensor, chunk: int, fill: Tensor | float = 0.0) -> Tensor:
     return rows.unflatten(1, (-1, chunk))
 
 
-def states(A: Tensor, X: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+def states(
+    A: Tensor, X: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
     """The state that enters each of the chunks with summaries A, X [B, n, D], and the one that leaves the last."""
     n = A.shape[1]
     if n == 1:
@@ -104,7 +105,9 @@ def states(A: Tensor, X: Tensor, initial: Tensor, pairs: bool, reverse: bool, co
     return torch.cat([initial[:, None], leaving[:, :-1]], 1), final
 
 
-def chunked(a: Tensor, x: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+def chunked(
+    a: Tensor, x: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]
+) -> tuple[Tensor, Tensor]:
     """h [B, T, D] in x's dtype and the final state [B, D]."""
     length, chunk = x.shape[1], config["chunk"]
     a, x = chunks(a, chunk, ones(a[:, :1], pairs)), chunks(x, chunk)
@@ -121,7 +124,13 @@ def _run(function: Callable[..., Any], config: Mapping[str, int], *tensors: Tens
 
 
 def forward(
-    a: Tensor, x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, *, reverse: bool, config: Mapping[str, int]
+    a: Tensor,
+    x: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    reverse: bool,
+    config: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
     pairs, packing = x.ndim == 4, Packing.of(x, cu_seqlens, reverse)
     initial = packing.given(initial_state, x)
@@ -175,7 +184,9 @@ def backward(
         before = torch.cat([h_chunks[:, 1:, 0].to(start.dtype), start[:, None]], 1)
     else:
         before = torch.cat([start[:, None], h_chunks[:, :-1, -1].to(start.dtype)], 1)
-    da, dx, c = _run(outputs_backward, config, a_chunks, dh_chunks, h_chunks, before, carried, pairs=pairs, reverse=reverse)
+    da, dx, c = _run(
+        outputs_backward, config, a_chunks, dh_chunks, h_chunks, before, carried, pairs=pairs, reverse=reverse
+    )
     da, dx = da.flatten(1, 2)[:, :length], dx.flatten(1, 2)[:, :length]
     dinitial = c[:, -1 if reverse else 0]
     if cu_seqlens is not None:

@@ -20,4 +20,8 @@ def conjugate(a: Tensor, pairs: bool) -> Tensor:
 
 def ones(like: Tensor, pairs: bool) -> Tensor:
     """The number 1 in the shape of `like`."""
-    return torch.stack((torch.ones_like(like[..., 0]), torch.zeros_like(like[..., 0])), -1) if pairs else torch.ones_like(like)
+    return (
+        torch.stack((torch.ones_like(like[..., 0]), torch.zeros_like(like[..., 0])), -1)
+        if pairs
+        else torch.ones_like(like)
+    )
