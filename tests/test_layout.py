@@ -21,7 +21,6 @@ HUGGING_FACE = {
     "migrate", "python_depends", "skills", "status", "upload", "utils", "variants", "verify", "versions",
     "wheel",
 }  # fmt: skip
-)
 
 
 def test_imports_run_from_mixers_to_kernels_to_autotune() -> None:
