@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from kernels.attention import OP as ATTENTION
 from kernels.op import Op
 from kernels.scan import OP as SCAN
 from kernels.short_conv import OP as SHORT_CONV
 
-OPS: dict[str, Op] = {op.name: op for op in (SCAN, SHORT_CONV)}
+OPS: dict[str, Op] = {op.name: op for op in (SCAN, SHORT_CONV, ATTENTION)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Arg:
 
     axes: letters, or a letter less a number, such as "W-1", which may be 0; the letter is an axis of an earlier tensor.
     role "sequence": one dtype for all of them, any of SEQUENCE_DTYPES; "decay" (and weights): the sequence dtype or the
-    state dtype; "state": the state dtype. `pairs`: may carry a trailing axis of 2 (real and imaginary part).
+    state dtype; "state": the state dtype; "index": int64. `pairs`: may carry a trailing axis of 2 (real and imaginary
+    part). `differentiable`: False for an output that only the backward pass needs, and through which none runs.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Arg:
     role: str = "sequence"
     optional: bool = False
     pairs: bool = False
+    differentiable: bool = True
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -64,7 +67,7 @@ class Problem:
 
     @property
     def dtype_name(self) -> str:
-        """"float32", or "float32+bfloat16" where arguments differ; states follow from the sequences and are left out."""
+        """The dtype, or "float32+bfloat16" where arguments differ; without states, which follow from the sequences."""
         names = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in self.dtypes.values())
         return "+".join(names)
 
@@ -88,7 +91,9 @@ def check(op: str, args: Sequence[Arg], tensors: Sequence[Tensor | None], cu_seq
     for arg, tensor in present:
         letters = arg.letters + (("pair",) if pairs and arg.pairs else ())
         if tensor.ndim != len(letters):
-            raise ValueError(f"{op}: {arg.name} has {tensor.ndim} axes {_shape(tensor)}, expected [{', '.join(letters)}]")
+            raise ValueError(
+                f"{op}: {arg.name} has {tensor.ndim} axes {_shape(tensor)}, expected [{', '.join(letters)}]"
+            )
         for letter, size in zip(letters, tensor.shape):
             if letter == "N":
                 _check_batch(op, arg, tensor, size, sizes, cu_seqlens)
@@ -113,7 +118,9 @@ def check(op: str, args: Sequence[Arg], tensors: Sequence[Tensor | None], cu_seq
     return sizes
 
 
-def _check_batch(op: str, arg: Arg, tensor: Tensor, size: int, sizes: dict[str, int], cu_seqlens: Tensor | None) -> None:
+def _check_batch(
+    op: str, arg: Arg, tensor: Tensor, size: int, sizes: dict[str, int], cu_seqlens: Tensor | None
+) -> None:
     expected = sizes["B"] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if size != expected:
         what = "the batch B" if cu_seqlens is None else "the number of packed sequences (len(cu_seqlens) - 1)"
@@ -159,7 +166,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, length: int) -> None:
     values = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != length:
         raise ValueError(f"{op}: cu_seqlens goes from {values[0]} to {values[-1]}, but axis T goes from 0 to {length}")
-    for n, (start, end) in enumerate(zip(values, values[1:])):
+    for n, (start, end) in enumerate(pairwise(values)):
         if end < start:
             raise ValueError(f"{op}: cu_seqlens falls from {start} to {end} at sequence {n}; it must not fall")
 

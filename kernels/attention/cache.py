@@ -1,0 +1,113 @@
+"""Rows of keys or values that grow with time, [N, S, ...], without ever changing what an older cache shows.
+
+`append` works as torch.cat does. Where no gradient is recorded it leaves room behind the rows and writes there next
+time, which a list does too: only the longest cache of a room may grow into it, any other is copied, so two
+continuations of one snapshot do not meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Room:
+    """Of a storage that holds rows [N, capacity, ...]: its shape, and how many rows are taken."""
+
+    shape: tuple[int, ...]
+    taken: int
+
+
+_taking = threading.Lock()
+
+
+def append(cache: Tensor, rows: Tensor) -> Tensor:
+    """cache [N, S, ...] with rows [N, T, ...] behind it, in the dtype of rows: [N, S + T, ...]."""
+    if cache.shape[1] == 0:
+        return rows
+    cache = cache.to(rows.dtype)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(cache) is not Tensor or cache.is_meta:
+        return torch.cat([cache, rows], 1)
+    length = cache.shape[1] + rows.shape[1]
+    if not _take(cache, rows.shape[1]):
+        cache = _with_room(cache, length)
+    whole = cache.as_strided((cache.shape[0], length, *cache.shape[2:]), cache.stride())
+    whole[:, cache.shape[1] :] = rows
+    return whole
+
+
+def recent(cache: Tensor, count: int) -> Tensor:
+    """The last `count` rows of [N, S, ...], or all where there are fewer."""
+    rows = cache.shape[1]
+    if not torch.compiler.is_compiling():
+        return cache[:, max(rows - count, 0) :]
+    # a slice would bind torch.export to lengths on one side of `count`
+    kept = torch.sym_min(rows, count)
+    return cache.index_select(1, torch.arange(kept, device=cache.device) + (rows - kept))
+
+
+def _take(cache: Tensor, count: int) -> bool:
+    """Takes `count` rows behind the cache, if it has room and is the first to."""
+    room: _Room | None = getattr(cache.untyped_storage(), "room", None)
+    if room is None or (cache.shape[0], *cache.shape[2:]) != (room.shape[0], *room.shape[2:]):
+        return False
+    if cache.stride() != _strides(room.shape) or cache.storage_offset() % cache.stride(1):
+        return False
+    end = cache.storage_offset() // cache.stride(1) + cache.shape[1]
+    with _taking:
+        if end != room.taken or end + count > room.shape[1]:
+            return False
+        room.taken += count
+    return True
+
+
+def _with_room(cache: Tensor, length: int) -> Tensor:
+    """A copy of the cache with room for half as many rows again as `length`, those up to `length` taken."""
+    shape = (cache.shape[0], length + length // 2 + 16, *cache.shape[2:])
+    rows = cache.new_empty(shape)
+    setattr(rows.untyped_storage(), "room", _Room(shape, length))  # noqa: B010
+    rows = rows[:, : cache.shape[1]]
+    return rows.copy_(cache)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+def align(
+    caches: tuple[Tensor, ...],
+    start: Tensor,
+    end: Tensor,
+    rows: tuple[Tensor, ...] | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Rows start[n] to end[n] of each cache [N, S, ...], and behind them sequence n's of packed rows [1, T, ...].
+
+    Returns the caches [N, size, ...], every sequence at the end, behind zeros; and its first row [N]. The size is the
+    longest sequence's, which is read back to the host; under torch.compile and torch.export, where it cannot be, S + T.
+    """
+    new = torch.zeros_like(end) if cu_seqlens is None else cu_seqlens.diff().long()
+    count = end - start + new
+    size = caches[0].shape[1] + (0 if rows is None else rows[0].shape[1])
+    if not (torch.compiler.is_compiling() or count.is_meta):
+        size = max(int(count.max()), 1)
+    # 1 for the last row
+    back = torch.arange(size, 0, -1, device=end.device)
+    old = ((end + new)[:, None] - back).clamp(0, caches[0].shape[1] - 1)
+    sequence = torch.arange(end.shape[0], device=end.device)[:, None]
+    missing = (back > count[:, None])[..., None, None]
+    found = []
+    for i, cache in enumerate(caches):
+        moved = cache[sequence, old]
+        if rows is not None and cu_seqlens is not None:
+            fresh = rows[i][0, (cu_seqlens.long()[1:, None] - back).clamp(0, rows[i].shape[1] - 1)]
+            moved = torch.where((back <= new[:, None])[..., None, None], fresh, moved.to(fresh.dtype))
+        found.append(moved.masked_fill(missing, 0))
+    return tuple(found), size - count

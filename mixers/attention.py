@@ -1,0 +1,172 @@
+"""Softmax attention with a key-value cache: the yardstick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.attention.cache import align, append, recent
+from kernels.packing import Packing
+from mixers.mixer import SequenceMixer
+from mixers.parts import rotate
+from mixers.registry import register
+
+
+@register
+class Attention(SequenceMixer):
+    """Causal softmax attention with grouped key/value heads, rotary positions and a sliding window.
+
+        q_t = R_t W_q x_t,   k_t = R_t W_k x_t,   v_t = W_v x_t
+        y_t = W_o [ sum_s softmax_s(q_t · k_s / √K) v_s ]  over s <= t (and s > t − window), head by head
+
+    R_t rotates by t times the rotary frequencies, t counted from the sequence's first token on, also through a state.
+
+    Shapes: x, y [B, T, dim]; state {"keys", "values": [B, S, kv_heads, head_dim] in the dtype they are computed in,
+    "length": int64 [B], the tokens seen}, S = T, or the last window − 1. It grows with every token; an older state
+    stays what it was. After cu_seqlens there is also "start": int64 [N], the first row of each sequence's keys, and
+    straight after the packed prompts "end": the rows of all sequences are then held once and seen N times, so cloning
+    such a state takes N times its memory, which using it does not.
+    Cost: (2 heads + 2 kv_heads) head_dim · dim multiplications a token, and 2 heads · head_dim for every token it sees.
+
+    Args:
+        dim: width of x and y.
+        heads: query heads; None: dim / 64, or the next smaller number that divides dim.
+        kv_heads: key and value heads, each for heads / kv_heads query heads; None: as many as heads.
+        head_dim: width of a head; None: dim / heads.
+        rotary: rotary position embedding, computed in float32; False: no positions.
+        rotary_base: the slowest rotary frequency is nearly 1 / rotary_base.
+        window: how many tokens a token sees, itself included; None: all before it.
+        bias: biases in all projections.
+        bidirectional: every token sees those after it too (with a window, the window − 1 nearest on either side).
+        backend: see `kernels.attention.attention`.
+
+    Source: Vaswani et al., arXiv 1706.03762; rotary: Su et al., arXiv 2104.09864; grouped heads: Ainslie et al.,
+    arXiv 2305.13245.
+    """
+
+    family = "softmax attention"
+    source = "arXiv 1706.03762"
+    ops = ("attention",)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rotary: bool = True,
+        rotary_base: float = 10000.0,
+        window: int | None = None,
+        bias: bool = False,
+        bidirectional: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if heads is None:
+            heads = next(n for n in range(max(dim // 64, 1), 0, -1) if dim % n == 0)
+        kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or (head_dim is None and dim % heads):
+            raise ValueError(f"attention: dim {dim} is no multiple of heads {heads}; give head_dim too, or other heads")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"attention: heads {heads} is no multiple of kv_heads {kv_heads}")
+        if window is not None and window < 1:
+            raise ValueError(f"attention: window is {window}, expected at least 1, or None for no window")
+        self.dim, self.heads, self.kv_heads = dim, heads, kv_heads
+        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.rotary, self.rotary_base, self.window = rotary, rotary_base, window
+        self.causal, self.backend = not bidirectional, backend
+        self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, dim, bias=bias)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        weight = self.k_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        empty = torch.zeros(batch, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)
+        return {"keys": empty, "values": empty.clone(), "length": torch.zeros(batch, dtype=torch.int64, device=device)}
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        q, k, v = (
+            rearrange(projection(x), "b t (h k) -> b t h k", k=self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.rotary:
+            length = x.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
+            rotated = rotate(torch.cat([q, k], 2), _positions(x, length, cu_seqlens), self.rotary_base)
+            q, k = rotated.split([self.heads, self.kv_heads], 2)
+        if state is None:
+            y = self.attend(q, k, v, causal=False, cu_seqlens=cu_seqlens)
+        elif cu_seqlens is None:
+            y, state = self._continue(q, k, v, state)
+        else:
+            y, state = self._continue_packed(q, k, v, state, cu_seqlens)
+        return self.o_proj(rearrange(y, "b t h k -> b t (h k)")), state
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, **options: Any) -> Tensor:
+        return attention(q, k, v, starts, window=self.window, backend=self.backend, **options)
+
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """A batch of sequences: their new rows go behind the old ones, which end in the same row."""
+        keys, values, start = state["keys"], state["values"], state.get("start")
+        if start is not None and "end" in state:
+            (keys, values), start = align((keys, values), start, state["end"])
+        keys, values = append(keys, k), append(values, v)
+        return self.attend(q, keys, values, start), self._state(keys, values, state["length"] + q.shape[1], start)
+
+    def _continue_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, state: dict[str, Tensor], cu_seqlens: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        length = state["length"] + cu_seqlens.diff()
+        old = state["keys"], state["values"]
+        if old[0].shape[1] == 0:
+            every = length.shape[0], -1, -1, -1
+            after = {"keys": k.expand(every), "values": v.expand(every), "length": length}
+            after |= {"start": cu_seqlens[:-1].long(), "end": cu_seqlens[1:].long()}
+            return self.attend(q, k, v, cu_seqlens=cu_seqlens), after
+        start = state.get("start", torch.zeros_like(length))
+        end = state.get("end", torch.full_like(length, old[0].shape[1]))
+        (keys, values), start = align(old, start, end, (k, v), cu_seqlens)
+        return self.attend(q, keys, values, start, cu_seqlens=cu_seqlens), self._state(keys, values, length, start)
+
+    def _state(self, keys: Tensor, values: Tensor, length: Tensor, start: Tensor | None) -> dict[str, Tensor]:
+        """Without the rows that no later token will see."""
+        if self.window is not None:
+            before = keys.shape[1]
+            keys, values = recent(keys, self.window - 1), recent(values, self.window - 1)
+            start = None if start is None else (start - (before - keys.shape[1])).clamp(min=0)
+        state = {"keys": keys, "values": values, "length": length}
+        return state if start is None else {**state, "start": start}
+
+    def comparable(self, state: Any) -> list[Tensor]:
+        """Of each sequence, the keys and values that a later token can see."""
+        found = []
+        for n, length in enumerate(state["length"].tolist()):
+            end = int(state["end"][n]) if "end" in state else state["keys"].shape[1]
+            count = length if self.window is None else min(length, self.window - 1)
+            found += [state[name][n, end - count : end] for name in ("keys", "values")]
+        return found
+
+    def state_size(self, length: int = 1) -> int:
+        rows = length if self.window is None else min(length, self.window - 1)
+        return 2 * rows * self.kv_heads * self.head_dim if self.causal else 0
+
+
+def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[B or 1, T]: of each row, its place in its sequence; `length` [N or 1] tokens came before."""
+    rows = torch.arange(x.shape[1], device=x.device)[None]
+    if cu_seqlens is None:
+        return length[:, None] + rows
+    owner = Packing.of(x, cu_seqlens, False).owner
+    assert owner is not None
+    before = length.expand(cu_seqlens.shape[0] - 1) - cu_seqlens[:-1]
+    return rows + before[owner]
