@@ -3,7 +3,7 @@
 Fresh memory costs more than a streaming kernel: the system fills every page with zeros when it is first touched
 (64 MiB: 7 ms in huge pages, 24 ms in small ones, where a scan of that size takes 5 ms). The C library gives large
 blocks back to the system when they are freed, so that every training step would pay again. Here a freed block waits
-for the next result of about its size. Large ones are marked as free (MADV_FREE) meanwhile: the system takes their
+for the next result of about its size. Large blocks are marked as free (MADV_FREE) meanwhile: the system takes their
 pages whenever it needs memory.
 """
 
@@ -19,6 +19,8 @@ from torch import Tensor
 # Below this, the C library keeps memory too.
 SMALLEST_BYTES = 256 << 10
 HUGE_PAGE = 2 << 20
+# Marking costs some microseconds: too much for results that take little longer to compute.
+MARKED_BYTES = 16 << 20
 # Waiting blocks beyond this go back to the system, the oldest first.
 IDLE_BYTES = 1 << 30
 
@@ -96,7 +98,7 @@ def _new(size: int) -> mmap.mmap | None:
 
 def _give(lease: Any) -> None:
     del _leases[id(lease)]
-    if lease.size >= HUGE_PAGE:
+    if lease.size >= MARKED_BYTES:
         lease.block.madvise(mmap.MADV_FREE)
     _idle.append((lease.size, lease.block))
     while idle_bytes() > IDLE_BYTES:
