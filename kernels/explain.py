@@ -99,8 +99,8 @@ def _verdict(
 
 
 def _origin(op: Op, problem: Problem, plan: Plan, choice: autotune.Choice | None) -> str:
-    if plan.origin == "named":
-        return f"backend={plan.backend.name!r} was asked for"
+    if plan.origin == "named" or plan.backend is not op.choose(problem).backend:
+        return f"by name: backend={plan.backend.name!r} was asked for"
     if plan.origin == "rule":
         if torch.are_deterministic_algorithms_enabled():
             return "by rule, because torch.use_deterministic_algorithms is on: the last listed backend that can run it"

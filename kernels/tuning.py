@@ -36,6 +36,8 @@ LOOP_BYTES = 2**29
 LOOP_FLOPS = 2**33
 # What getting a candidate ready (generating code) may cost.
 STARTUP_SHARE = 0.5
+# What torch.compile takes to generate and build code for a CPU.
+INDUCTOR_SECONDS = 40.0
 # The loop's seconds per step are measured on this many.
 TRIAL_STEPS = 64
 # Shorter checks end in the middle of a chunk of any size: their length is 37 above a multiple of 64.
@@ -125,9 +127,11 @@ def tune_problems(
 
 
 def startup(backend: Backend, problem: Problem, config: Config) -> float:
-    """Seconds that the backend says it needs before its first call returns: code generation."""
+    """Seconds until the first call returns, as the backend estimates them: the time to generate code."""
     estimate = getattr(backend.loaded, "startup", None)
-    return estimate(problem, config) if estimate else 0.0
+    if estimate is not None:
+        return estimate(problem, config)
+    return INDUCTOR_SECONDS if config.get("inductor") and problem.device.type == "cpu" else 0.0
 
 
 def _expense(problem: Problem) -> tuple[int, int]:

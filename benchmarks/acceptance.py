@@ -1,0 +1,129 @@
+"""The limits that the scan's speed must keep: `python benchmarks/acceptance.py`. Exit code 1 if one is missed.
+
+What is compared is timed interleaved, so that a busy machine slows down both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import autotune
+from autotune.measure import measure
+from kernels.scan import OP, native, scan
+
+ROUNDS = 25
+SHAPE = (8, 2048, 1024)
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    value: float
+    target: float
+    unit: str
+    detail: str
+
+    def __str__(self) -> str:
+        verdict = "ok    " if self.value <= self.target else "MISSED"
+        return f"{verdict}  {self.value:7.2f} {self.unit:2} of {self.target:5.2f}  {self.what}  ({self.detail})"
+
+
+def medians(runs: list[Callable[[], object]], rounds: int) -> list[float]:
+    timings = measure(runs, rounds=rounds)
+    for timing in timings:
+        if timing.error is not None:
+            raise timing.error
+    return [timing.median for timing in timings]
+
+
+def ratios(rounds: int) -> Iterator[Row]:
+    """Bandwidth: against torch.add, which reads two tensors and writes one, as the scan's forward pass does."""
+    a, x, add_out, h = (torch.rand(SHAPE) for _ in range(4))
+    final = torch.empty(SHAPE[0], SHAPE[2])
+    config = OP.choose(OP.problem_of("forward", (a, x, None, None, False, "native")), "native").config
+
+    def add() -> Tensor:
+        return torch.add(a, x, out=add_out)
+
+    def preallocated() -> None:
+        native.forward_out(a, x, None, None, h, final, reverse=False, config=config)
+
+    def public(a: Tensor = a, x: Tensor = x) -> object:
+        with torch.no_grad():
+            return scan(a, x)
+
+    training = trainer(a, x)
+    add_s, out_s, public_s, train_s = medians([add, preallocated, public, training], rounds)
+
+    def over(seconds: float) -> str:
+        return f"{seconds * 1e3:.2f} ms, add {add_s * 1e3:.2f} ms"
+
+    shape = f"{list(SHAPE)} float32"
+    yield Row(f"forward into preallocated outputs / add, {shape}", out_s / add_s, 1.3, "×", over(out_s))
+    yield Row(f"public function / add, {shape}", public_s / add_s, 1.7, "×", over(public_s))
+    # forward moves 3 tensors, backward 5: 8/3 of an addition
+    yield Row(f"forward + backward / add, {shape}", train_s / add_s, 1.5 * 8 / 3, "×", over(train_s))
+
+    narrow_a, narrow_x = a.detach().bfloat16(), x.detach().bfloat16()
+    narrow = [lambda: public(narrow_a, narrow_x), trainer(narrow_a, narrow_x)]
+    wide_s, narrow_s, train_s, narrow_train_s = medians([public, narrow[0], training, narrow[1]], rounds)
+    for what, slow, fast in (("forward", narrow_s, wide_s), ("forward + backward", narrow_train_s, train_s)):
+        detail = f"{slow * 1e3:.2f} ms, float32 {fast * 1e3:.2f} ms"
+        yield Row(f"{what} in bfloat16 / float32, {list(SHAPE)}", slow / fast, 1.0, "×", detail)
+
+
+def trainer(a: Tensor, x: Tensor) -> Callable[[], object]:
+    leaves = [a.clone().requires_grad_(), x.clone().requires_grad_()]
+    gradient = torch.rand_like(x)
+    return lambda: torch.autograd.grad(scan(*leaves)[0], leaves, gradient)
+
+
+def overheads(rounds: int) -> Iterator[Row]:
+    """Seconds a call on a problem so small that nothing else takes time."""
+    a, x = torch.rand(1, 1, 8), torch.rand(1, 1, 8)
+    leaves = [a.clone().requires_grad_(), x.clone().requires_grad_()]
+    chosen = OP.choose(OP.problem_of("forward", (a, x, None, None, False, "auto")))
+    raw = OP.backend(chosen.backend.name).function("forward")
+
+    def without(backend: str) -> Callable[[], object]:
+        def run() -> object:
+            with torch.no_grad():
+                return scan(a, x, backend=backend)
+
+        return run
+
+    runs: list[Callable[[], object]] = [
+        lambda: raw(a, x, None, None, reverse=False, config=chosen.config),
+        without("auto"),
+        without(chosen.backend.name),
+        lambda: scan(*leaves),
+    ]
+    raw_s, auto_s, named_s, grad_s = (1e6 * seconds for seconds in medians(runs, rounds))
+    detail = f"raw {chosen.backend.name} {raw_s:.1f} µs"
+    yield Row("auto over the raw backend, without grad", auto_s - raw_s, 10, "µs", f"{auto_s:.1f} µs, {detail}")
+    yield Row("auto over the raw backend, with grad", grad_s - raw_s, 20, "µs", f"{grad_s:.1f} µs, {detail}")
+    yield Row("auto over naming the backend", auto_s - named_s, 4, "µs", f"{auto_s:.1f} µs, named {named_s:.1f} µs")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    rounds = parser.parse_args().rounds
+    cpu = torch.device("cpu")
+    print(f"{autotune.fingerprint(cpu)}, torch {torch.__version__}, {rounds} interleaved rounds, medians")
+    missed = 0
+    for rows in (ratios(rounds), overheads(rounds)):
+        for row in rows:
+            print(row, flush=True)
+            missed += row.value > row.target
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

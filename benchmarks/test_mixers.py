@@ -1,0 +1,67 @@
+"""Every mixer as a layer: the forward pass, training, and decoding token by token after a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import mixers
+
+DIM, BATCH = 512, 1
+
+
+@pytest.mark.parametrize("name", mixers.names())
+@pytest.mark.parametrize("direction", ["forward", "forward+backward", "decode"])
+def test_mixer(name: str, direction: str, length: int, dtype_name: str, device: torch.device, timer: Any) -> None:
+    if length == 1 and direction != "decode":
+        pytest.skip("a single token is decoding")
+    dtype = getattr(torch, dtype_name)
+    with torch.device(device):
+        torch.manual_seed(0)
+        mixer = mixers.build(name, DIM).to(dtype)
+        x = torch.randn(BATCH, length, DIM, dtype=dtype)
+    run = {"forward": forward, "forward+backward": forward_backward, "decode": decode}[direction](mixer, x)
+    facts = {
+        "kind": "mixer",
+        "name": name,
+        "direction": direction,
+        "dtype": dtype_name,
+        # of a decoding step: the tokens that came before
+        "length": length,
+        "sizes": {"dim": DIM, "B": BATCH},
+        "tokens": BATCH if direction == "decode" else BATCH * length,
+    }
+    timer(run, facts)
+
+
+def forward(mixer: mixers.SequenceMixer, x: torch.Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return mixer(x)
+
+    return run
+
+
+def forward_backward(mixer: mixers.SequenceMixer, x: torch.Tensor) -> Callable[[], object]:
+    leaves = [x.requires_grad_(), *mixer.parameters()]
+    gradient = torch.randn_like(x)
+
+    def run() -> object:
+        return torch.autograd.grad(mixer(x)[0], leaves, gradient, allow_unused=True)
+
+    return run
+
+
+def decode(mixer: mixers.SequenceMixer, x: torch.Tensor) -> Callable[[], object]:
+    """One token after a prompt of x; the state is not advanced, so that every round does the same."""
+    with torch.no_grad():
+        state = mixer(x)[1]
+
+    def run() -> object:
+        with torch.no_grad():
+            return mixer(x[:, :1], state)
+
+    return run

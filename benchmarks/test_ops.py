@@ -1,0 +1,101 @@
+"""Every op on every backend: lengths x dtypes, forward and forward + backward, through the public operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.agreement import Inputs, draw, pose
+from kernels.catalogue import OPS
+from kernels.op import Op
+from kernels.problem import Problem
+from kernels.tuning import fits
+
+# Widths of a small language model; an op's other axes are 4.
+SIZES = {"B": 2, "D": 512, "H": 8, "G": 2, "K": 64, "V": 64, "W": 4}
+
+
+def sizes_of(op: Op, length: int) -> dict[str, int]:
+    axes = {axis.partition("-")[0] for arg in (*op.inputs, *op.outputs) for axis in arg.letters}
+    sizes = {axis: SIZES.get(axis, 4) for axis in axes}
+    return {**sizes, "B": SIZES["B"], "N": SIZES["B"], "T": length, **({"S": length} if "S" in axes else {})}
+
+
+def subjects() -> Iterator[Any]:
+    for op in OPS.values():
+        for variant in ("real", "complex") if any(arg.pairs for arg in op.inputs) else ("",):
+            for backend in op.backends:
+                yield pytest.param(
+                    op, variant, backend.name, id="-".join(filter(None, [op.name, variant, backend.name]))
+                )
+
+
+@pytest.mark.parametrize("op, variant, name", list(subjects()))
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+def test_op(
+    op: Op, variant: str, name: str, direction: str, length: int, dtype_name: str, device: torch.device, timer: Any
+) -> None:
+    facts = {"pairs": True} if variant == "complex" else {}
+    problems = [
+        pose(op, part, sizes_of(op, length), dtype=getattr(torch, dtype_name), device=device, **facts)
+        for part in direction.split("+")
+    ]
+    backend = op.backend(name)
+    for problem in problems:
+        if reasons := backend.cannot(problem):
+            pytest.skip("; ".join(reasons))
+        # the loop keeps intermediate results of every step
+        if backend is op.backends[0] and not fits(op, problem):
+            pytest.skip("the loop would need too much memory or time")
+    inputs = draw(op, problems[0])
+    plans = [op.choose(problem) for problem in problems]
+    run = forward(inputs, name) if direction == "forward" else forward_backward(inputs, name)
+    timer(
+        run,
+        {**described(problems, variant), "backend": name, "chosen": all(plan.backend.name == name for plan in plans)},
+    )
+
+
+def forward(inputs: Inputs, backend: str) -> Callable[[], object]:
+    op, args = inputs.op, arguments(inputs, backend)
+
+    def run() -> object:
+        with torch.no_grad():
+            return op(*args)
+
+    return run
+
+
+def forward_backward(inputs: Inputs, backend: str) -> Callable[[], object]:
+    """All gradients of a loss on every output."""
+    op, args = inputs.op, arguments(inputs, backend)
+    leaves = [arg.requires_grad_() for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    with torch.no_grad():
+        gradients = [torch.randn_like(out) for out in op(*args)]
+
+    def run() -> object:
+        return torch.autograd.grad(op(*args), leaves, gradients, allow_unused=True)
+
+    return run
+
+
+def arguments(inputs: Inputs, backend: str) -> list[Any]:
+    return [*inputs.tensors, inputs.cu_seqlens, *(inputs.problem.options[name] for name in inputs.op.options), backend]
+
+
+def described(problems: list[Problem], variant: str) -> dict[str, Any]:
+    first = problems[0]
+    return {
+        "kind": "op",
+        "name": first.op,
+        "variant": variant,
+        "direction": "+".join(problem.direction for problem in problems),
+        "dtype": first.dtype_name,
+        "length": first.sizes["T"],
+        "sizes": {axis: size for axis, size in first.sizes.items() if axis not in ("T", "N")},
+        "bytes": sum(OPS[first.op].cost(problem).bytes for problem in problems),
+    }

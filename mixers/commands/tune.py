@@ -1,0 +1,94 @@
+"""`mixers tune`: measures what a mixer could run on, and remembers the fastest that is right."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+import autotune
+from kernels.catalogue import OPS
+from kernels.explain import Explanation
+from kernels.explain import explain as explained
+from kernels.problem import Problem
+from kernels.tuning import tune_problems
+from mixers.commands import common
+from mixers.commands.common import Backward, Batch, Device, Dim, Dtype, DtypeOption, Name, Options, mistakes
+
+
+def tune(
+    name: Name,
+    dim: Dim = 512,
+    length: Annotated[list[int], typer.Option(min=1, help="Tokens in a sequence, T; repeat it for several.")] = [4096],  # noqa: B006
+    batch: Batch = 1,
+    dtype: DtypeOption = Dtype.float32,
+    device: Device = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="About how long it may take.")] = 60.0,
+    backward: Backward = True,
+    retime: Annotated[bool, typer.Option("--retime", help="Measure again what is on record.")] = False,
+    option: Options = None,
+) -> None:
+    """Tunes the kernels of a mixer on this machine: checks every candidate, times the right ones, keeps the records.
+
+    From then on backend="auto" goes by them. Interrupted and started again, it continues.
+    """
+    console, where = common.console(), common.device_of(device)
+    mixer = common.build(name, dim, common.options_of(option), dtype=dtype.torch, device=where)
+    console.print(common.subject(mixer, name, batch, length))
+    met: list[Problem] = []
+    with console.status("running the mixer once (the first time may compile kernels)"):
+        for each in length:
+            met += [p for p in common.problems_of(mixer, batch, each, backward=backward) if p not in met]
+    what = TextColumn("{task.description}")
+    bar = Progress(TextColumn("{task.percentage:3.0f}%"), BarColumn(), TimeElapsedColumn(), what, console=console)
+    with mistakes(), bar:
+        task = bar.add_task("tuning", total=len(met))
+        made = tune_problems(
+            met,
+            seconds=seconds,
+            retime=retime,
+            progress=lambda done, _, what: bar.update(task, completed=done, description=what),
+        )
+    report(console, [explained(OPS[problem.op], problem) for problem in met])
+    _tell(console, [record for records in made.values() for record in records], where=autotune.fingerprint(where))
+    console.print(
+        Text(f"all candidates: {common.command('explain', name, dim, length[0], batch, dtype, option)}", "dim")
+    )
+
+
+def report(console: Console, found: list[Explanation]) -> None:
+    """One row a problem: what was chosen, how fast it is, and what it beats."""
+    table = common.table("problem", "chosen", "time", "GB/s", "beats", right=("time", "GB/s"))
+    for each in found:
+        best = next((v for v in each.verdicts if v.status == "chosen"), None)
+        time = rate = ""
+        beats = each.origin
+        op = OPS[each.problem.op]
+        if best is not None and best.record is not None and best.record.key == op.key(each.problem):
+            median = best.record.times[0]
+            time, rate = common.seconds(median), f"{op.cost(each.problem).bytes / median / 1e9:.3g}"
+            beats = _beaten(each) or "nothing else was right"
+        chosen = Text(f"{each.plan.backend.name} ", "bold green").append(common.config(each.plan.config), "not bold")
+        table.add_row(Text(str(each.problem)), chosen, time, rate, beats)
+    console.print(table)
+
+
+def _beaten(found: Explanation) -> str:
+    """The other backends, each by its best config: "compiled by 1.8×, naive by 312×"."""
+    ratios: dict[str, float] = {}
+    for verdict in found.verdicts:
+        if verdict.ratio is not None and verdict.backend != found.plan.backend.name:
+            ratios[verdict.backend] = min(verdict.ratio, ratios.get(verdict.backend, verdict.ratio))
+    return ", ".join(f"{backend} by {common.times(ratio)}" for backend, ratio in ratios.items())
+
+
+def _tell(console: Console, records: list[autotune.Record], where: str) -> None:
+    failed = [record for record in records if record.failed]
+    for record in failed:
+        what = f"{record.key.op} {record.key.direction} {record.backend} {common.config(record.config)}"
+        console.print(Text(f"{record.status}: {what}: {record.message}", "red"))
+    store = autotune.user_store(where)
+    console.print(Text(f"{len(records)} new records, {len(failed)} of them failures, in {store.path}", "dim"))

@@ -1,0 +1,287 @@
+"""Tuning real ops: the fastest right candidate is chosen, a wrong one never, and what went wrong is on record."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import autotune
+from kernels import tuning
+from kernels.agreement import Expected, draw, pose
+from kernels.catalogue import OPS
+from kernels.explain import explain
+from kernels.op import Backend, Op
+from kernels.problem import Problem
+from kernels.scan import OP as SCAN
+from kernels.scan import naive
+from kernels.tuning import checked_length, tune, tune_problems
+
+CPU = torch.device("cpu")
+SIZES = {"B": 2, "T": 9, "D": 5}
+_numbers = itertools.count()
+
+Change = Callable[[tuple[Any, ...]], Any]
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path) -> Iterator[autotune.Store]:
+    with autotune.using(tmp_path / "tuned.jsonl") as store:
+        yield store
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, **backends: tuple[Change, Change]) -> Op:
+    """The scan with the loop and planted backends: the loop's results, each direction's passed through a function."""
+    listed = [SCAN.backends[0]]
+    for name, changes in backends.items():
+        module = types.ModuleType(f"planted_{name}_{next(_numbers)}")
+        for direction, change in zip(("forward", "backward"), changes):
+            setattr(module, direction, _through(getattr(naive, direction), change))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        listed.append(Backend(name, module.__name__))
+    op = replace(SCAN, name=f"planted_scan_{next(_numbers)}", backends=tuple(listed), _plans={})
+    monkeypatch.setitem(OPS, op.name, op)
+    return op
+
+
+def _through(function: Callable[..., Any], change: Change) -> Callable[..., Any]:
+    return lambda *args, **options: change(function(*args, **options))
+
+
+def right(results: tuple[Any, ...]) -> tuple[Any, ...]:
+    return results
+
+
+def slow(results: tuple[Any, ...]) -> tuple[Any, ...]:
+    time.sleep(0.02)
+    return results
+
+
+def problem(op: Op = SCAN, direction: str = "forward", dtype: torch.dtype = torch.float32, **facts: Any) -> Problem:
+    sizes = {**SIZES, **({"B": 1, "N": 3} if facts.get("packed") else {})}
+    return pose(op, direction, sizes, dtype=dtype, device=CPU, **facts)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_fastest_is_chosen_although_the_rule_says_otherwise(
+    direction: str, monkeypatch: pytest.MonkeyPatch, store: autotune.Store
+) -> None:
+    op = planted(monkeypatch, lazy=(slow, slow), lazier=(lambda r: slow(slow(r)), lambda r: slow(slow(r))))
+    posed = problem(op, direction)
+    before = op.choose(posed)
+    records = tune(op, posed, seconds=2, store=store)
+    after = op.choose(posed)
+    assert (before.backend.name, before.origin) == ("lazier", "rule")
+    assert (after.backend.name, after.origin) == ("naive", "exact")
+    assert {record.backend: record.status for record in records} == {"naive": "ok", "lazy": "ok", "lazier": "ok"}
+    assert len(store.read()) == 3
+
+
+def one_element(index: int) -> Change:
+    """That result with its last element off by 1 %, the others as they are."""
+
+    def change(results: tuple[Any, ...]) -> tuple[Any, ...]:
+        changed = [None if tensor is None else tensor.clone() for tensor in results]
+        changed[index].view(-1)[-1].mul_(1.01).add_(0.01)
+        return tuple(changed)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("direction", "change", "reason"),
+    [
+        ("forward", one_element(0), "h is off by"),
+        ("forward", one_element(1), "final_state is off by"),
+        ("backward", one_element(0), "da is off by"),
+        ("backward", one_element(1), "dx is off by"),
+        ("backward", one_element(2), "dinitial_state is off by"),
+        ("backward", lambda r: (*r[:2], None), "dinitial_state is NoneType, expected a tensor"),
+        ("forward", lambda r: (r[0] * float("nan"), r[1]), "h is not finite"),
+        ("forward", lambda r: (r[0].double(), r[1]), "h is torch.float64, expected torch.float32"),
+        ("forward", lambda r: (r[0][:, :-1], r[1]), "h has shape [2, 8, 5], expected [2, 9, 5]"),
+        ("forward", lambda r: r[0], "returned Tensor, expected 2 tensors"),
+    ],
+)
+def test_a_wrong_backend_is_never_chosen_and_explained(
+    direction: str, change: Change, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = planted(
+        monkeypatch, honest=(slow, slow), broken=(change, right) if direction == "forward" else (right, change)
+    )
+    posed = problem(op, direction)
+    tune(op, posed, seconds=1)
+    assert op.choose(posed).backend.name == "naive"
+    # nor at a length at which nobody tried it
+    longer = replace(posed, sizes={**posed.sizes, "T": 100})
+    assert op.choose(longer).backend.name == "naive"
+    verdict = next(v for v in explain(op, posed).verdicts if v.backend == "broken")
+    assert (verdict.status, verdict.ratio) == ("wrong", None)
+    assert reason in verdict.reason
+
+
+def test_a_backend_that_raises_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("no luck")
+
+    op = planted(monkeypatch, unlucky=(fail, fail))
+    posed = problem(op)
+    tune(op, posed, seconds=1)
+    verdicts = {v.backend: (v.status, v.reason) for v in explain(op, posed).verdicts}
+    assert verdicts["unlucky"] == ("error", "RuntimeError: no luck")
+    assert verdicts["naive"][0] == "chosen"
+
+
+def test_explain_says_where_a_decision_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, lazy=(slow, slow))
+    posed = problem(op)
+    longer = replace(posed, sizes={**posed.sizes, "T": 1000})
+    other = replace(posed, sizes={**posed.sizes, "D": 6})
+    assert "nothing was measured" in explain(op, posed).origin
+    tune(op, posed, seconds=1)
+    exact, near, far = explain(op, posed), explain(op, longer), explain(op, other)
+    assert exact.origin.startswith("measured at this length")
+    assert "the user table" in exact.origin
+    assert {v.backend: v.status for v in exact.verdicts} == {"naive": "chosen", "lazy": "slower"}
+    assert all((v.ratio or 0) > 5 for v in exact.verdicts if v.backend == "lazy")
+    assert near.origin.startswith("measured at T ≤ 16, the nearest length on record")
+    assert "sizes.D is 6 here, 5 there" in far.origin
+    assert {v.backend: v.status for v in far.verdicts} == {"naive": "not measured", "lazy": "chosen"}
+    named = explain(op, posed, op.choose(posed, "lazy"))
+    assert named.origin == "by name: backend='lazy' was asked for"
+
+
+def test_what_cannot_run_says_why() -> None:
+    verdict = next(v for v in explain(SCAN, problem()).verdicts if v.backend == "triton")
+    assert (verdict.status, verdict.config) == ("cannot", None)
+    assert "cuda" in verdict.reason.lower()
+
+
+def test_what_is_on_record_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, other=(right, right))
+    posed = problem(op)
+    assert len(tune(op, posed, seconds=1)) == 2
+    assert tune(op, posed, seconds=1) == []
+    assert len(tune(op, posed, seconds=1, retime=True)) == 2
+
+
+def test_defaults_first_then_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, other=(right, right))
+    configs: list[dict[str, int]] = [{"block": 1}, {"block": 2}, {"block": 3}]
+    monkeypatch.setattr(op.backends[1].loaded, "configs", lambda _: configs, raising=False)
+    posed = problem(op)
+    assert [dict(r.config) for r in tune(op, posed, seconds=1, defaults=True) if r.backend == "other"] == [{"block": 1}]
+    # the fastest known one is timed again beside those that are new
+    later = [dict(r.config) for r in tune(op, posed, seconds=1) if r.backend == "other"]
+    assert all(config in later for config in configs[1:])
+
+
+def test_candidates_that_take_long_to_start_wait_for_a_longer_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, other=(right, right))
+    monkeypatch.setattr(op.backends[1].loaded, "startup", lambda problem, config: 100.0, raising=False)
+    posed = problem(op)
+    assert [record.backend for record in tune(op, posed, seconds=1)] == ["naive"]
+    # beside the fastest one known
+    assert [record.backend for record in tune(op, posed, seconds=300)] == ["naive", "other"]
+
+
+def test_where_the_loop_takes_too_long_the_comparison_is_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def seen(results: tuple[Any, ...]) -> tuple[Any, ...]:
+        calls.append(results[0].shape[1])
+        return results
+
+    op = planted(monkeypatch, spy=(seen, right), wrong=(one_element(0), right))
+    posed = replace(problem(op), sizes={**problem(op).sizes, "T": 3000})
+    monkeypatch.setattr(tuning, "LOOP_BYTES", op.cost(problem(op)).bytes * 2 * 200 // 9)
+    length = checked_length(op, posed, seconds=1000)
+    assert length < 200
+    # the last chunk of any candidate is cut
+    assert length % 64 == 37
+    records = tune(op, posed, seconds=300, defaults=True)
+    assert {length, 3000} == set(calls)
+    spy, wrong = (next(r for r in records if r.backend == name) for name in ("spy", "wrong"))
+    assert spy.status == "ok"
+    assert spy.message == f"compared with the loop at T = {length}"
+    assert wrong.status == "wrong"
+    assert wrong.message.endswith(spy.message)
+    assert "compared with the loop at T" in next(v for v in explain(op, posed).verdicts if v.backend == "spy").reason
+
+
+def test_a_short_budget_shortens_the_comparison() -> None:
+    posed = replace(problem(), sizes={**problem().sizes, "T": 4096})
+    assert checked_length(SCAN, posed, seconds=1e-6) == tuning.SHORTEST
+    assert checked_length(SCAN, posed, seconds=1e6) == 4096
+
+
+def test_several_problems_share_the_time_and_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, other=(right, right))
+    small, big = problem(op), replace(problem(op), sizes={**problem(op).sizes, "T": 200})
+    same_bucket = replace(big, sizes={**big.sizes, "T": 190})
+    told: list[tuple[float, int, str]] = []
+    made = tune_problems([small, same_bucket, big], seconds=4, progress=lambda *step: told.append(step))
+    assert list(made) == [big, small]
+    assert all({record.backend for record in records} == {"naive", "other"} for records in made.values())
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert told[-1] == (2, 2, "done")
+
+
+def test_a_store_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, lazy=(slow, slow))
+    posed = problem(op)
+    (tmp_path / "file").touch()
+    with autotune.using(tmp_path / "file" / "tuned.jsonl"):
+        with pytest.warns(RuntimeWarning, match="cannot save measurements"):
+            records = tune(op, posed, seconds=1)
+        assert {record.status for record in records} == {"ok"}
+        # for this process it counts all the same
+        assert op.choose(posed).backend.name == "naive"
+
+
+def test_a_corrupt_table_costs_a_warning_and_no_record(store: autotune.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, lazy=(slow, slow))
+    posed = problem(op)
+    store.path.write_bytes(b'\x00\xff garbage\n{"schema": 1, "key"')
+    with pytest.warns(RuntimeWarning, match="no record"):
+        assert op.choose(posed).origin == "rule"
+    tune(op, posed, seconds=1)
+    autotune.refresh()
+    with pytest.warns(RuntimeWarning, match="no record"):
+        assert op.choose(posed).origin == "exact"
+
+
+@pytest.mark.parametrize("facts", [{}, {"pairs": True}, {"packed": True}, {"reverse": True}, {"initial_state": False}])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_drawn_tensors_pose_the_problem(direction: str, facts: dict[str, Any]) -> None:
+    for dtype, decay in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        posed = problem(SCAN, direction, dtype, decay_dtype=decay, **facts)
+        inputs = draw(SCAN, posed)
+        options = [posed.options[name] for name in SCAN.options]
+        again = SCAN.problem_of(
+            direction, [*inputs.tensors, inputs.cu_seqlens, *options, *[7] * (direction == "backward"), "auto"]
+        )
+        assert again == posed
+        assert Expected.of(inputs).difference(inputs.call(SCAN.backends[0], {})()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_an_error_of_eight_ulp_is_refused_and_one_of_one_is_not(dtype: torch.dtype) -> None:
+    inputs = draw(SCAN, problem(dtype=dtype))
+    expected = Expected.of(inputs)
+    h, final = inputs.loop()
+    assert h is not None
+    largest = h.abs().argmax()
+    ulp = torch.finfo(dtype).eps * h.view(-1)[largest]
+    for count, accepted in ((1, True), (-1, True), (8, False), (-8, False)):
+        off = h.clone()
+        off.view(-1)[largest] += count * ulp
+        assert (expected.difference((off, final)) is None) == accepted
