@@ -55,8 +55,7 @@ def ratios(rounds: int) -> Iterator[Row]:
         native.forward_out(a, x, None, None, h, final, reverse=False, config=config)
 
     def public(a: Tensor = a, x: Tensor = x) -> object:
-        with torch.no_grad():
-            return scan(a, x)
+        return scan(a, x)
 
     training = trainer(a, x)
     add_s, out_s, public_s, train_s = medians([add, preallocated, public, training], rounds)
@@ -91,17 +90,10 @@ def overheads(rounds: int) -> Iterator[Row]:
     chosen = OP.choose(OP.problem_of("forward", (a, x, None, None, False, "auto")))
     raw = OP.backend(chosen.backend.name).function("forward")
 
-    def without(backend: str) -> Callable[[], object]:
-        def run() -> object:
-            with torch.no_grad():
-                return scan(a, x, backend=backend)
-
-        return run
-
     runs: list[Callable[[], object]] = [
         lambda: raw(a, x, None, None, reverse=False, config=chosen.config),
-        without("auto"),
-        without(chosen.backend.name),
+        lambda: scan(a, x),
+        lambda: scan(a, x, backend=chosen.backend.name),
         lambda: scan(*leaves),
     ]
     raw_s, auto_s, named_s, grad_s = (1e6 * seconds for seconds in medians(runs, rounds))
