@@ -51,7 +51,11 @@ struct Tiling {
     Tile operator[](int64_t i) const {
         int64_t n = i / blocks, column = i % blocks * width;
         Tile t{n, n, 0, sequences.rows, column, std::min(width, sequences.columns - column)};
-        if (const int64_t* first = sequences.cu_seqlens) t.batch = 0, t.first_row = first[n], t.rows = first[n + 1] - first[n];
+        if (const int64_t* first = sequences.cu_seqlens) {
+            t.batch = 0;
+            t.first_row = first[n];
+            t.rows = first[n + 1] - first[n];
+        }
         return t;
     }
 
@@ -117,7 +121,8 @@ struct Output {
 template <int W, class F>
 INLINE void for_vectors(int64_t n, bool backwards, const F& f) {
     int64_t count = (n + W - 1) / W, step = backwards ? -W : W;
-    for (int64_t slot = backwards ? (count - 1) * W : 0; count > 0; --count, slot += step) f(std::min(slot, n - W), slot);
+    int64_t slot = backwards ? (count - 1) * W : 0;
+    for (; count > 0; --count, slot += step) f(std::min(slot, n - W), slot);
 }
 
 // One slot for each vector of a tile's state.
