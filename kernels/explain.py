@@ -108,7 +108,10 @@ def _origin(op: Op, problem: Problem, plan: Plan, choice: autotune.Choice | None
         closest = autotune.closest(op.key(problem))
         if closest is None:
             return origin
-        return f"{origin}; the closest measured problem differs: {', '.join(op.key(problem).difference(closest))}"
+        differences = op.key(problem).difference(closest)
+        if all(stale for _, _, stale in autotune.listing(closest, op.source)):
+            differences.append("the sources of the op have changed since")
+        return f"{origin}; the closest measured problem differs: {', '.join(differences)}"
     if choice is None:
         return plan.origin
     record = choice.record

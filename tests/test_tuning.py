@@ -159,6 +159,19 @@ def test_explain_says_where_a_decision_comes_from(monkeypatch: pytest.MonkeyPatc
     assert named.origin == "by name: backend='lazy' was asked for"
 
 
+def test_explain_says_that_the_sources_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = planted(monkeypatch, lazy=(slow, slow))
+    posed = problem(op)
+    tune(op, posed, seconds=1)
+    monkeypatch.setitem(op.__dict__, "source", "other")
+    found = explain(op, posed)
+    assert "the sources of the op have changed since" in found.origin
+    assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {
+        "naive": ("not measured", "measured with other sources"),
+        "lazy": ("chosen", "measured with other sources"),
+    }
+
+
 def test_what_cannot_run_says_why() -> None:
     verdict = next(v for v in explain(SCAN, problem()).verdicts if v.backend == "triton")
     assert (verdict.status, verdict.config) == ("cannot", None)
@@ -285,3 +298,15 @@ def test_an_error_of_eight_ulp_is_refused_and_one_of_one_is_not(dtype: torch.dty
         off = h.clone()
         off.view(-1)[largest] += count * ulp
         assert (expected.difference((off, final)) is None) == accepted
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_bias_is_refused_although_each_error_alone_would_pass(dtype: torch.dtype) -> None:
+    expected = Expected.of(inputs := draw(SCAN, problem(dtype=dtype)))
+    h, final = inputs.loop()
+    assert h is not None
+    bias = 2 * torch.finfo(dtype).eps * h.abs().max()
+    one = h.clone()
+    one.view(-1)[h.abs().argmin()] += bias
+    assert expected.difference((one, final)) is None
+    assert "on average" in str(expected.difference((h + bias, final)))
