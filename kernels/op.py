@@ -109,12 +109,17 @@ class Op:
     cost: Callable[[Problem], Cost]
     options: Mapping[str, Any] = field(default_factory=dict)
     differentiable_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
+    forward_overload: Callable[..., Any] = field(init=False, repr=False)
+    backward_overload: Callable[..., Any] = field(init=False, repr=False)
     _plans: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     _function: list[type[torch.autograd.Function]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self._function.append(registration.register(self))
+        # found here, because torch.compile does not trace through the lock of a cached_property
+        object.__setattr__(self, "forward_overload", registration.overload(self.name))
+        object.__setattr__(self, "backward_overload", registration.overload(f"{self.name}_backward"))
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """The opaque operator itself: tensors, cu_seqlens, options and the backend's name, all by position."""
@@ -123,14 +128,6 @@ class Op:
         if registration.needs_gradient(self, args):
             return self._function[0].apply(*args)
         return self.run_forward(*args)
-
-    @cached_property
-    def forward_overload(self) -> Callable[..., Any]:
-        return registration.overload(self.name)
-
-    @cached_property
-    def backward_overload(self) -> Callable[..., Any]:
-        return registration.overload(f"{self.name}_backward")
 
     @cached_property
     def source(self) -> str:

@@ -96,14 +96,13 @@ class HGRN(SequenceMixer):
         shape = (batch, self.width, 2) if self.complex else (batch, self.width)
         state = {"h": torch.zeros(shape, device=device, dtype=state_dtype(dtype))}
         if self.short_conv:
-            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
             for name, conv in (("conv_i", self.i_conv), ("conv_f", self.f_conv)):
                 state[name] = torch.zeros(batch, self.short_conv - 1, conv.shape[0], device=device, dtype=dtype)
         return state
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         i, f, g = self.i_proj(x), self.f_proj(x), self.g_proj(x)
-        after: dict[str, Tensor] = {}
+        after = dict(state) if self.causal else {}
         if self.short_conv:
             i, after["conv_i"] = _convolve(i, self.i_conv, state["conv_i"], cu_seqlens)
             f, after["conv_f"] = _convolve(f, self.f_conv, state["conv_f"], cu_seqlens)
@@ -168,4 +167,4 @@ def _norm(kind: str, numbers: int) -> nn.Module:
 def _convolve(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     from kernels.short_conv import short_conv
 
-    return short_conv(x, weight.to(x.dtype), None, state, cu_seqlens=cu_seqlens)
+    return short_conv(x, weight.to(x.dtype), None, state.to(x.dtype), cu_seqlens=cu_seqlens)
