@@ -13,4 +13,4 @@ def test_representative_kernels() -> None:
 
 @pytest.mark.long
 def test_every_kernel() -> None:
-    assert run("triton_compile.py", "-m", "long", interpret=False) >= 1536
+    assert run("triton_compile.py", "-m", "long", interpret=False) >= 576
