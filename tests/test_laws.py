@@ -154,7 +154,7 @@ class Random(Toy):
 
 class BreaksTheGraph(Toy):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        return super().mix(x + (x.sum().item() > 1e30), state, cu_seqlens)
+        return super().mix(x if x.sum() < 1e30 else 2 * x, state, cu_seqlens)
 
 
 class HidesAWeight(Toy):
