@@ -8,16 +8,14 @@ from collections.abc import Iterator
 
 # Set before anything is imported: no test may see, or change, what the user has tuned. Workers share the folder of the
 # process that started them, and what is compiled there, and leave the cores to each other.
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if not WORKER:
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
     os.environ["SEQUENCE_MIXERS_CACHE"] = tempfile.mkdtemp(prefix="sequence-mixers-tests-")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-if WORKER:
-    torch.set_num_threads(1)
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("ci", max_examples=50, derandomize=True, **_common)
