@@ -74,11 +74,14 @@ def forward_backward(inputs: Inputs, backend: str) -> Callable[[], object]:
     """All gradients of a loss on every output."""
     op, args = inputs.op, arguments(inputs, backend)
     leaves = [arg.requires_grad_() for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    through = [n for n, out in enumerate(op.outputs) if out.differentiable]
     with torch.no_grad():
-        gradients = [torch.randn_like(out) for out in op(*args)]
+        outputs = op(*args)
+    gradients = [torch.randn_like(outputs[n]) for n in through]
 
     def run() -> object:
-        return torch.autograd.grad(op(*args), leaves, gradients, allow_unused=True)
+        outputs = op(*args)
+        return torch.autograd.grad([outputs[n] for n in through], leaves, gradients, allow_unused=True)
 
     return run
 

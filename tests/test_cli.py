@@ -298,7 +298,7 @@ def test_a_file_that_holds_no_results(content: str, tmp_path: Path) -> None:
 def test_the_sweeps_run_and_become_pages(tmp_path: Path) -> None:
     """`python -m pytest benchmarks` is not skipped by the tests' own settings, and saves what `mixers tables` reads."""
     storage = f"--benchmark-storage=file://{tmp_path}/saved"
-    chosen = "T1- and float32 and ((decode and mingru) or (forward-scan-real-naive))"
+    chosen = "T1- and float32 and ((decode and mingru) or forward-scan-real-naive or backward-attention-naive)"
     command = [sys.executable, "-m", "pytest", "benchmarks", storage, "-k", chosen]
     # pytest-benchmark does not measure inside a worker of pytest-xdist, which this process may be
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -308,7 +308,7 @@ def test_the_sweeps_run_and_become_pages(tmp_path: Path) -> None:
     assert "node" not in json.loads(saved.read_text())["machine_info"]
     tables.write([saved], tmp_path / "speed")
     rows = pd.read_csv(tmp_path / "speed" / f"{FINGERPRINT}.csv", keep_default_na=False)
-    assert set(rows["name"]) == {"mingru", "scan"}
+    assert set(rows["name"]) == {"mingru", "scan", "attention"}
     assert (rows["median_s"] > 0).all()
     assert rows["command"].str.startswith("python -m pytest benchmarks").all()
 
