@@ -102,8 +102,8 @@ class Attention(SequenceMixer):
         )
         if self.rotary:
             length = x.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
-            rotated = rotate(torch.cat([q, k], 2), _positions(x, length, cu_seqlens), self.rotary_base)
-            q, k = rotated.split([self.heads, self.kv_heads], 2)
+            positions = _positions(x, length, cu_seqlens)
+            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
         if state is None:
             y = self.attend(q, k, v, causal=False, cu_seqlens=cu_seqlens)
         elif cu_seqlens is None:

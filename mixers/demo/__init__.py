@@ -1,0 +1,1 @@
+"""`mixers demo`: a character-level language model that learns real text, here and now."""
