@@ -35,7 +35,9 @@ def run(script: str, *arguments: str, interpret: bool) -> int:
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "triton_interpreter", f"tests/apart/{script}", *arguments]
+    # Options of its own: one process, whose count is the count
+    options = ["-q", "-o", "addopts=--strict-markers --import-mode=importlib", "-p", "triton_interpreter"]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/apart/{script}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     if done.returncode:
         pytest.fail(f"{script}:\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}", pytrace=False)

@@ -52,15 +52,19 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     The default is one warp to a program, or four where that leaves programs enough (see MANY_COLUMNS).
     """
     numbers = 2 if _two(problem.options["pairs"], _sequence(problem)) else 1
-    widest = max(dtype.itemsize for dtype in problem.dtypes.values())
-    shrink = widest * numbers // 4
+    sizes = [dtype.itemsize * numbers for dtype in problem.dtypes.values()]
+    # A warp moves 512 bytes at a time, 16 to a thread: no tile may be smaller
+    least, shrink = 16 // min(sizes), max(sizes) // 4
     if problem.direction == "forward":
         narrow, wide, other = (8, 1, 5), (8, 4, 4), (16, 1, 2)
     else:
         narrow, wide, other = (8, 1, 3), (8, 4, 3), (4, 1, 5)
     columns = problem.sizes["N"] * problem.sizes["D"] * (2 if problem.options["pairs"] else 1)
     order = (wide, narrow, other) if columns >= MANY_COLUMNS else (narrow, wide, other)
-    return [{"BT": max(rows // shrink, 1), "num_warps": warps, "num_stages": stages} for rows, warps, stages in order]
+    return [
+        {"BT": max(rows // shrink, least), "num_warps": num_warps, "num_stages": num_stages}
+        for rows, num_warps, num_stages in order
+    ]
 
 
 def forward(

@@ -47,7 +47,7 @@ def check(found: triton_aot.Compiled, posed: Problem) -> None:
     assert narrow_loads <= 2 * states + 2 * posed.options["packed"], found
     narrow_stores = sum(count for width, count in found.stores.items() if width < 16)
     assert narrow_stores <= (2 if posed.direction == "forward" or states else 0), found
-    assert found.stores[16] >= 2, found
+    assert found.stores[16] >= 1, found
     streams = found.loads[16]
     if found.target.startswith("sm_"):
         # States of wide numbers, too, may be read by 16 bytes, but not asynchronously
@@ -81,9 +81,15 @@ def test_every_config(dtypes: str, options: dict[str, bool], direction: str, con
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("dtypes", ["float32", "mixed"])
-def test_the_default_config_for_other_dtypes(dtypes: str, direction: str, target: str) -> None:
-    compiled(direction, dtypes, 0, target)
+def test_the_default_config_in_float32(direction: str, target: str) -> None:
+    compiled(direction, "float32", 0, target)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("config", range(3))
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_float32_decays_beside_bfloat16(direction: str, config: int, target: str) -> None:
+    compiled(direction, "mixed", config, target)
 
 
 @pytest.mark.long
