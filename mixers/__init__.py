@@ -5,6 +5,7 @@ y, state = mixer(x, state=None, cu_seqlens=None), x and y [B, T, dim]; see `mixe
 
 from __future__ import annotations
 
+from mixers import models, state
 from mixers.attention import Attention
 from mixers.hgrn import HGRN
 from mixers.mingru import MinGRU
@@ -13,4 +14,17 @@ from mixers.registry import build, describe, names, register
 from mixers.rglru import RGLRU
 from mixers.stack import Stack
 
-__all__ = ["HGRN", "RGLRU", "Attention", "MinGRU", "SequenceMixer", "Stack", "build", "describe", "names", "register"]
+__all__ = [
+    "HGRN",
+    "RGLRU",
+    "Attention",
+    "MinGRU",
+    "SequenceMixer",
+    "Stack",
+    "build",
+    "describe",
+    "models",
+    "names",
+    "register",
+    "state",
+]
