@@ -350,12 +350,12 @@ def run(mixer: Make | str, *, laws: Sequence[str] | None = None, examples: int =
         make: Make = lambda dim: registry.build(name, dim)  # noqa: E731
     else:
         make = mixer
-    for name in laws or LAWS:
-        if name not in LAWS:
-            raise ValueError(f"no law {name!r}{registry.suggest(name, LAWS)}; there are {', '.join(LAWS)}")
+    for law in laws or LAWS:
+        if law not in LAWS:
+            raise ValueError(f"no law {law!r}{registry.suggest(law, LAWS)}; there are {', '.join(LAWS)}")
         rng = random.Random(seed)
-        for _ in range(2 if name in SLOW else examples):
-            check(name, make, Case.draw(rng))
+        for _ in range(2 if law in SLOW else examples):
+            check(law, make, Case.draw(rng))
 
 
 def check(law: str, make: Make, case: Case) -> None:

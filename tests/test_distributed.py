@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import mixers
@@ -61,9 +62,21 @@ def test_one_step_of_two_processes_is_one_step_of_one(kind: str, tmp_path: Path)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = tmp_path / "state.pt"
-    mp.spawn(_rank, (port, kind, str(path)), nprocs=2)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(port), kind, str(path)], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=300)
+        assert rank.returncode == 0, errors
     model = _model()
     _step(model, _batch())
     found = torch.load(path, weights_only=True)
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+if __name__ == "__main__":
+    _rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
