@@ -119,6 +119,7 @@ OP = Op(
         Backend("naive", "kernels.short_conv.naive"),
         Backend("compiled", "kernels.short_conv.compiled"),
         Backend("native", "kernels.short_conv.native", devices=("cpu",)),
+        Backend("triton", "kernels.short_conv.triton", devices=("cuda",)),
     ),
     sample=_sample,
     cost=_cost,

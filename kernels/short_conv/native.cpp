@@ -3,8 +3,7 @@
 #include <vector>
 
 #include "../parallel.h"
-#include "cut.h"
-#include "sigmoid.h"
+#include "taps.h"
 
 namespace {
 
@@ -21,118 +20,6 @@ struct Backward {
     void *dx, *dinitial_state;  // null where not needed
     void *partials, *sums;      // [runs, width + 1, columns], [width + 1, columns]: of the taps and the bias; or null
 };
-
-template <class T>
-const T* or_zeros(const T* row, int64_t column) {
-    return row ? row + column : reinterpret_cast<const T*>(zeros);
-}
-
-// One row of one tile: where its vectors read and write.
-template <class T, class S>
-struct Row {
-    int64_t columns, width, stride;
-    const S *taps, *bias;          // taps are `stride` apart
-    std::vector<const T*> window;  // x[t - width + 1] to x[t]
-    const T* next;                 // x[t + 1], to be prefetched
-    T* out;                        // y[t]
-
-    Row(const Problem& p, int64_t column, int64_t columns)
-        : columns(columns), width(p.width), stride(p.columns), taps(static_cast<const S*>(p.taps) + column),
-          bias(or_zeros(static_cast<const S*>(p.bias), column)), window(p.width) {}
-
-    void look_at(const Cut& cut, const Piece& piece, int64_t t, int64_t column) {
-        for (int64_t k = 0; k < width; ++k) window[k] = or_zeros(cut.extended<T>(piece, t + k), column);
-        next = t + 1 < piece.length ? cut.extended<T>(piece, t + width) + column : window[0];
-    }
-};
-
-// Here `out` is the gradient of x[t - width + 1], which is complete.
-template <class T, class S>
-struct GradientRow : Row<T, S> {
-    const T *dy, *next_dy, *dlast;  // dlast: what the final state adds to it
-    std::vector<S*> past;           // dz[t], which is written, to dz[t - width + 1]
-    std::vector<S*> partial;        // the sums of the taps and the bias, or nulls
-
-    GradientRow(const Problem& p, int64_t column, int64_t columns)
-        : Row<T, S>(p, column, columns), past(p.width), partial(p.width + 1) {}
-};
-
-// As many pointers as there are taps, in registers if that is a fixed number.
-template <int TAPS, class T>
-struct Few {
-    T* at[TAPS];
-    INLINE explicit Few(const std::vector<T*>& rows) { std::copy_n(rows.data(), TAPS, at); }
-    INLINE T* operator[](int64_t k) const { return at[k]; }
-};
-template <class T>
-struct Few<0, T> {
-    T* const* at;
-    INLINE explicit Few(const std::vector<T*>& rows) : at(rows.data()) {}
-    INLINE T* operator[](int64_t k) const { return at[k]; }
-};
-
-template <int W, int TAPS, bool SILU, class T, class S>
-OUTLINE void forward_row(const Row<T, S>& r) {
-    const int64_t width = TAPS ? TAPS : r.width, stride = r.stride;
-    const Few<TAPS, const T> window(r.window);
-    const S *taps = r.taps, *bias = r.bias;
-    const T* next = r.next;
-    T* y = r.out;
-    for_vectors<W>(r.columns, false, [&](int64_t c, int64_t) INLINE_BODY {
-        __builtin_prefetch(next + c);
-        auto z = load<W>(bias + c);
-        for (int64_t k = 0; k < width; ++k) z += load<W>(taps + k * stride + c) * load<W>(window[k] + c);
-        if constexpr (SILU) {
-            Vec<S, W> of_z, of_minus_z;
-            sigmoids<W, S>(z, of_z, of_minus_z);
-            z *= of_z;
-        }
-        store(y + c, z);
-    });
-}
-
-template <int W, int TAPS, bool SILU, class T, class S>
-OUTLINE void backward_row(const GradientRow<T, S>& r) {
-    const int64_t width = TAPS ? TAPS : r.width, stride = r.stride;
-    const Few<TAPS, const T> window(r.window);
-    const Few<TAPS, S> past(r.past), partial(r.partial);
-    S* const dbias = r.partial[width];
-    const S *taps = r.taps, *bias = r.bias;
-    const T *next = r.next, *dy = r.dy, *next_dy = r.next_dy, *dlast = r.dlast;
-    T* dx = r.out;
-    for_vectors<W>(r.columns, false, [&](int64_t c, int64_t slot) INLINE_BODY {
-        __builtin_prefetch(next + c);
-        __builtin_prefetch(next_dy + c);
-        auto dz = load<W>(dy + c);
-        if constexpr (SILU) {
-            auto z = load<W>(bias + c);
-            for (int64_t k = 0; k < width; ++k) z += load<W>(taps + k * stride + c) * load<W>(window[k] + c);
-            Vec<S, W> of_z, of_minus_z;
-            sigmoids<W, S>(z, of_z, of_minus_z);
-            dz *= of_z * (1 + z * of_minus_z);
-        }
-        if (dbias) {
-            for (int64_t k = 0; k < width; ++k)
-                store(partial[k] + slot, load<W>(partial[k] + slot) + dz * load<W>(window[k] + c));
-            store(dbias + slot, load<W>(dbias + slot) + dz);
-        }
-        auto d = load<W>(dlast + c) + load<W>(taps + c) * dz;
-        for (int64_t k = 1; k < width; ++k) d += load<W>(taps + k * stride + c) * load<W>(past[k] + slot);
-        store(past[0] + slot, dz);
-        store(dx + c, d);
-    });
-}
-
-// f<lanes, taps, silu>() for a problem and a number of columns; 0 taps stand for any number.
-template <class S, class F>
-auto pick(const Problem& p, int64_t columns, const F& f) {
-    constexpr int full = kVectorBytes / sizeof(S);
-    auto with_taps = [&]<int W>() {
-        if (p.width == 4) return p.silu ? f.template operator()<W, 4, true>() : f.template operator()<W, 4, false>();
-        return p.silu ? f.template operator()<W, 0, true>() : f.template operator()<W, 0, false>();
-    };
-    return columns >= full ? with_taps.template operator()<full>() : with_taps.template operator()<1>();
-}
 
 // A row of results is computed in its place, or in a buffer if it is to go around the cache or is not needed.
 template <class T>

@@ -1,0 +1,250 @@
+"""The convolution on GPUs: one launch forward; backward one and a small one that adds what programs have summed.
+
+Time is cut into chunks, so that there are programs enough whatever the batch; triton_kernels.py has the kernels. Under
+TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import triton_aot
+from kernels.problem import Problem, state_dtype
+from kernels.short_conv.triton_kernels import add_partials, conv_backward, conv_forward
+
+INTERPRETED = not isinstance(conv_forward, triton.JITFunction)
+CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+# A thread keeps some rows for each tap in registers
+MOST_TAPS = 16
+# From this many numbers in x on, long chunks leave programs enough for any GPU
+MANY_NUMBERS = 2**26
+# Programs that each add as many pieces of the sums of weights, for as many columns
+ADD = {"BP": 32, "BD": 64}
+
+
+def cannot(problem: Problem) -> list[str]:
+    """Why this backend cannot run the problem; empty if it can."""
+    device, sizes = problem.device, problem.sizes
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return [f"needs a CUDA or HIP device, the tensors are on {device.type}"]
+    reasons = []
+    if sizes["W"] > MOST_TAPS:
+        reasons.append(f"{sizes['W']} taps; at most {MOST_TAPS}")
+    if max(sizes["D"], sizes["T"]) >= 2**30:
+        reasons.append(f"an axis of {max(sizes['D'], sizes['T'])}; at most {2**30 - 1}")
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            reasons.append(f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}")
+    return reasons
+
+
+def configs(problem: Problem) -> Sequence[dict[str, int]]:
+    """Candidates for the tuner, the default first.
+
+    CT: rows of a program. BT: rows read before the first of them is worked on. columns: of a thread, for up to four
+    taps and numbers of up to 4 bytes. num_warps: warps side by side. num_stages: groups of BT rows in work or on their
+    way. With these at least an eighth of the warps that a GPU can hold are resident.
+    """
+    sizes, forward = problem.sizes, problem.direction == "forward"
+    short = {"CT": 32, "BT": 4, "columns": 4, "num_warps": 1, "num_stages": 3 if forward else 2}
+    long = {**short, "CT": 128}
+    order = [long, short] if sizes["B"] * sizes["T"] * sizes["D"] >= MANY_NUMBERS else [short, long]
+    # More at a time where a thread's registers allow it, and less, so that more threads are resident, where they do not
+    wide = {"columns": 8} if problem.dtypes["x"].itemsize == 2 else {"BT": 8}
+    other = {**short, **(wide if forward else {"BT": 2}), "num_stages": 1}
+    return [*order, {**short, "num_stages": 1}, other]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    activation: str,
+    reverse: bool,
+    config: Mapping[str, int],
+) -> tuple[Tensor, Tensor]:
+    """y like x, and final_state [N, W - 1, D] in x's dtype."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final_state = x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
+    given = _Given(x, weight, bias, initial_state, cu_seqlens, activation, reverse, config, _lanes(x.device))
+    given.forward(y, final_state)(x.device)
+    return y, final_state
+
+
+def backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    activation: str,
+    reverse: bool,
+    needs: tuple[bool, ...],
+    config: Mapping[str, int],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias and dinitial_state, each like its input, or None where `needs` says so."""
+    inputs = x, weight, bias, initial_state
+    found = tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
+        for tensor, needed in zip(inputs, needs)
+    )
+    given = _Given(*inputs, cu_seqlens, activation, reverse, config, _lanes(x.device))
+    for launch in given.backward(dy, dfinal_state, *found):
+        launch(x.device)
+    return found  # type: ignore[return-value]
+
+
+def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[triton_aot.Compiled]:
+    """Compiles what the problem would launch for a GPU that need not be there, such as "sm_90" or "gfx942".
+
+    Backward with every gradient, and with one of the final state where there is an initial state.
+    """
+    sizes, options, dtype = problem.sizes, problem.options, problem.dtypes["x"]
+
+    def tensor(*letters: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.empty(letters, dtype=like, device="meta")
+
+    B, T, D, W, N = (sizes[letter] for letter in "BTDWN")
+    x, weight = tensor(B, T, D), tensor(D, W, like=problem.dtypes["weight"])
+    bias = tensor(D, like=problem.dtypes["bias"]) if options["bias"] else None
+    state = tensor(N, W - 1, D) if options["initial_state"] else None
+    packed = tensor(N + 1, like=torch.int32) if options["packed"] else None
+    lanes = triton_aot.lanes(target)
+    given = _Given(x, weight, bias, state, packed, options["activation"], options["reverse"], config, lanes)
+    if problem.direction == "forward":
+        launches = [given.forward(x, tensor(N, W - 1, D))]
+    else:
+        launches = given.backward(x, state, x, weight, bias, state)
+    return [triton_aot.compile_kernel(a.kernel, a.arguments, target, num_warps=a.num_warps) for a in launches]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and everything that it is launched with."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+
+    def __call__(self, device: torch.device) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The inputs, and how they are launched."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    activation: str
+    reverse: bool
+    config: Mapping[str, int]
+    lanes: int
+
+    def forward(self, y: Tensor, final: Tensor) -> Launch:
+        return self._launch(conv_forward, {"x": _side_by_side(self.x)}, {"y": y, "final": final}, "y_b")
+
+    def backward(
+        self,
+        dy: Tensor | None,
+        dfinal: Tensor | None,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        dinitial: Tensor | None,
+    ) -> list[Launch]:
+        D, W = self.weight.shape
+        summed = dweight is not None or dbias is not None
+        partial = self.x.new_empty((self._pieces, W + 1, D), dtype=state_dtype(self.x.dtype)) if summed else None
+        read = {"dy": None if dy is None else _side_by_side(dy), "x": _side_by_side(self.x)}
+        rest = {"dfinal": _contiguous(dfinal), "dx": dx, "dinitial": dinitial, "partial": partial}
+        launches = [self._launch(conv_backward, read, rest, "dx_b")]
+        if partial is not None:
+            sums = {"partial": partial, "dweight": dweight, "dbias": dbias, "pieces": self._pieces, "D": D, "W": W}
+            sums |= {"STATE": CONSTANTS[partial.dtype], **ADD}
+            launches.append(Launch(add_partials, (W + 1) * -(-D // ADD["BD"]), sums, 4))
+        return launches
+
+    @property
+    def _pieces(self) -> int:
+        """A piece for every chunk of every sequence; where their lengths are unknown, no fewer than that."""
+        batch, length = self.x.shape[:2]
+        if self.cu_seqlens is None:
+            return batch * -(-length // self.config["CT"])
+        return length // self.config["CT"] + self.cu_seqlens.shape[0] - 1
+
+    def _launch(
+        self, kernel: Any, read: Mapping[str, Tensor | None], rest: Mapping[str, Tensor | None], out_batch: str
+    ) -> Launch:
+        batch, length, D = self.x.shape
+        W, config = self.weight.shape[1], self.config
+        distances = {out_batch: 0 if batch == 1 else length * D}
+        for name, tensor in read.items():
+            distances[f"{name}_b"] = 0 if tensor is None or batch == 1 else tensor.stride(0)
+            distances[f"{name}_t"] = 0 if tensor is None or length == 1 else tensor.stride(1)
+        # What divides every distance is told to the compiler, which may then move 16 bytes at a time
+        unit = math.gcd(8, D, *distances.values())
+        # The columns of a thread share its registers
+        state = state_dtype(self.x.dtype)
+        columns = max(1, config["columns"] * 16 // (max(4, triton.next_power_of_2(W)) * state.itemsize))
+        block = config["num_warps"] * self.lanes * columns
+        arguments: dict[str, Any] = {
+            **read,
+            **rest,
+            **{name: distance // unit for name, distance in distances.items()},
+            "weight": self.weight.contiguous(),
+            "bias": _contiguous(self.bias),
+            "initial": _contiguous(self.initial_state),
+            "cu_seqlens": _contiguous(self.cu_seqlens),
+            "T": length,
+            "N": batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
+            "D": D // unit,
+            "UNIT": unit,
+            "REVERSE": self.reverse,
+            "SILU": self.activation == "silu",
+            "W": W,
+            "STATE": CONSTANTS[state],
+            "CT": config["CT"],
+            "BT": config["BT"],
+            "BD": block,
+            # Where warps have 64 threads, on AMD GPUs, rows on their way take up registers
+            "STAGES": min(config["num_stages"], 2) if self.lanes == 64 else config["num_stages"],
+        }
+        return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"])
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x if its columns lie side by side, else a copy; batch and time may have any strides."""
+    return x if x.stride(2) == 1 or x.is_contiguous() else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+@functools.cache
+def _lanes(device: torch.device) -> int:
+    """The threads of a warp."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

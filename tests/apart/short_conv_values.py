@@ -1,0 +1,191 @@
+"""The Triton short convolution's values, gradients and bytes in the interpreter. See test_short_conv_triton.py."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton_interpreter import counting, shuffled
+
+from kernels.agreement import Expected, Inputs, draw, pose
+from kernels.problem import Problem
+from kernels.short_conv import OP
+from kernels.short_conv import triton as backend
+
+CPU = torch.device("cpu")
+FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+# dtypes of the weights and of x
+DTYPES = [(d, d) for d in (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)] + [(FLOAT32, FLOAT16), (FLOAT32, BFLOAT16)]
+CT, BT = 4, 2
+CONFIG = {"CT": CT, "BT": BT, "columns": 4, "num_warps": 1, "num_stages": 3}
+# The columns of a program with that config
+BD = 128
+# An empty sequence at either end, two in a row in the middle, one of a single row, some that end with a chunk
+PACKED = (0, 0, 3, 3, 3, 4, 8, None, None)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def posed(
+    direction: str, dtypes: tuple[torch.dtype, torch.dtype] = (FLOAT32, FLOAT32), batch: int = 2, length: int = 11,
+    columns: int = 5, width: int = 4, packed: bool = False, **facts: Any,
+) -> Inputs:  # fmt: skip
+    """A problem with its tensors; packed: cut at PACKED."""
+    sizes = {"B": 1 if packed else batch, "T": length, "D": columns, "W": width}
+    if packed:
+        sizes["N"] = len(PACKED) - 1
+    problem = pose(OP, direction, sizes, dtype=dtypes[1], device=CPU, decay_dtype=dtypes[0], packed=packed, **facts)
+    inputs = draw(OP, problem, seed=length)
+    bounds = sorted(length if b is None else min(b, length) for b in PACKED)
+    return Inputs(OP, problem, inputs.tensors, torch.tensor(bounds, dtype=torch.int32) if packed else None)
+
+
+def agrees(inputs: Inputs, config: dict[str, int] = CONFIG) -> None:
+    wrong = Expected.of(inputs).difference(inputs.call(OP.backend("triton"), config)())
+    assert wrong is None, f"{wrong} ({inputs.problem})"
+
+
+FACTS = {
+    "length": (1, 2, CT, CT + 1, 2 * CT + 3),
+    "width": (1, 2, 3, 4, 6),
+    "columns": (1, 3, 5, 6, BD + 1),
+    "dtypes": DTYPES,
+    "packed": (False, True),
+    "activation": ("", "silu"),
+    "reverse": (False, True),
+    "bias": (False, True),
+    "initial_state": (False, True),
+}
+CASES = [{name: random.Random(f"{seed} {name}").choice(values) for name, values in FACTS.items()} for seed in range(30)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
+    agrees(posed(direction, **case))
+
+
+def test_the_cases_have_every_value() -> None:
+    for name, values in FACTS.items():
+        assert {str(case[name]) for case in CASES} == {str(value) for value in values}
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT64], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_shipped_config(direction: str, dtype: torch.dtype) -> None:
+    configs = backend.configs(posed(direction, (dtype, dtype)).problem)
+    assert 1 <= len(configs) <= 4
+    for config in configs:
+        agrees(posed(direction, (dtype, dtype), batch=1, length=config["CT"] + 3, activation="silu", width=2), config)
+
+
+@pytest.mark.parametrize("missing", ["dy", "dfinal_state", "both"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loss_on_one_output(packed: bool, missing: str) -> None:
+    inputs = posed("backward", packed=packed)
+    dy, dfinal, *rest = inputs.tensors
+    gradients = {"dy": (None, dfinal), "dfinal_state": (dy, None), "both": (None, None)}[missing]
+    agrees(Inputs(OP, inputs.problem, (*gradients, *rest), inputs.cu_seqlens))
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    inputs = posed("backward", length=5, batch=1)
+    run = {"activation": "", "reverse": False, "config": CONFIG}
+    every = backend.backward(*inputs.tensors, None, needs=(True,) * 4, **run)
+    for needs in itertools.product((False, True), repeat=4):
+        with counting() as traffic:
+            found = backend.backward(*inputs.tensors, None, needs=needs, **run)
+        assert traffic.launches == 1 + (needs[1] or needs[2])
+        for needed, gradient, expected in zip(needs, found, every):
+            assert torch.equal(gradient, expected) if needed else gradient is None
+
+
+def size(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_bytes_moved(packed: bool, dtype: torch.dtype) -> None:
+    """Beside the rows at the borders of chunks, every byte of x, dy, dx and y is moved once."""
+    inputs = posed("forward", (dtype, dtype), length=19, columns=24, packed=packed, bias=False)
+    x, weight, _, state = inputs.tensors
+    with counting() as forward:
+        y, final = inputs.call(OP.backend("triton"), CONFIG)()
+    chunks = 2 * -(-19 // CT) if not packed else 19 // CT + len(PACKED) - 1
+    row = 24 * dtype.itemsize
+    assert forward.launches == 1
+    assert forward.written == size(y, final)
+    few = (chunks + 1) * size(weight) + 2 * size(state) + 24 * len(PACKED) * chunks
+    assert size(x, weight) <= forward.read <= size(x) + 3 * row * chunks + few
+
+    inputs = posed("backward", (dtype, dtype), length=19, columns=24, packed=packed, bias=False)
+    with counting() as backward:
+        dx, dweight, _, dstate = inputs.call(OP.backend("triton"), CONFIG)()
+    partial = chunks * 5 * 24 * 4
+    assert backward.launches == 2
+    assert backward.written == size(dx, dweight, dstate) + partial
+    assert backward.read <= 2 * size(x) + 9 * row * chunks + few + partial
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_programs_in_any_order_give_the_same_bits(packed: bool) -> None:
+    calls = [
+        posed(direction, columns=BD + 1, length=9, width=2, packed=packed).call(OP.backend("triton"), CONFIG)
+        for direction in ("forward", "backward")
+    ]
+    expected = [call() for call in calls]
+    for seed in range(2):
+        with shuffled(seed):
+            for call, right in zip(calls, expected):
+                assert all((f is e is None) or torch.equal(f, e) for f, e in zip(call(), right))
+
+
+def test_strides() -> None:
+    x, dy, weight = torch.randn(2, 7, 6), torch.randn(2, 7, 6), torch.randn(6, 2)
+    run = {"activation": "", "reverse": False, "config": CONFIG}
+    needs = (True, True, False, False)
+    y, final = backend.forward(x, weight, None, None, None, **run)
+    dx, dweight, *_ = backend.backward(dy, None, x, weight, None, None, None, needs=needs, **run)
+    time_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, dy)]
+    every_other = [torch.stack((t, t.roll(1)), 2).flatten(1, 2)[:, ::2] for t in (x, dy)]
+    columns_apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, dy)]
+    for x_, dy_ in (time_first, every_other, columns_apart):
+        assert not x_.is_contiguous()
+        found = backend.forward(x_, weight.t().contiguous().t(), None, None, None, **run)
+        again = backend.backward(dy_, None, x_, weight, None, None, None, needs=needs, **run)
+        assert all(torch.equal(f, e) for f, e in zip((*found, *again[:2]), (y, final, dx, dweight)))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_offsets_beyond_31_bits(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    # It would copy the memory of the arguments, of which this test touches a few pages only, onto itself
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    far, weight = torch.empty(2**31 + 2**30, dtype=BFLOAT16), torch.randn(8, 2)
+    run = {"activation": "", "reverse": reverse, "config": CONFIG}
+    for shape, strides in (([1, 3, 8], (0, 2**30, 1)), ([3, 2, 8], (2**30, 64, 1))):
+        x = far.as_strided(shape, strides)
+        x.copy_(torch.randn(shape))
+        near = x.clone(memory_format=torch.contiguous_format)
+        found, expected = (backend.forward(t, weight, None, None, None, **run) for t in (x, near))
+        assert all(torch.equal(f, e) for f, e in zip(found, expected))
+
+
+def test_what_it_cannot_do() -> None:
+    problem = posed("forward", width=17).problem
+    assert backend.cannot(problem) == ["17 taps; at most 16"]
+    huge = Problem(problem.op, "forward", CPU, problem.dtypes, {**problem.sizes, "W": 4, "T": 2**30}, problem.options)
+    assert backend.cannot(huge) == [f"an axis of {2**30}; at most {2**30 - 1}"]
