@@ -1,4 +1,4 @@
-// What the convolution is told, and how its work is shared out: rows, counted through all sequences, are cut into runs.
+// What the convolution is told, and how the work is shared out: steps, counted through all sequences, are cut into runs.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -20,19 +20,19 @@ struct Problem {
     Strides contiguous() const { return {rows * columns, columns}; }
 };
 
-// One sequence, and the share that a run of rows has in it: its steps `begin` to `end` in time.
+// One sequence, and the share that a run has in it: its steps `begin` to `end`, in the order of time.
 struct Piece {
     int64_t sequence, first_row, length, begin, end;
 };
 
-// Cuts rows into runs, and columns into blocks for which everything that is used again stays in the L1 cache.
+// Cuts steps into runs, and columns into blocks for which everything that is used again stays in the L1 cache.
 struct Cut {
     const Problem& p;
-    int64_t all_rows, runs, blocks, block;
+    int64_t all_steps, runs, blocks, block;
 
     Cut(const Problem& p, int64_t bytes_per_column, int64_t bytes_of_sums) : p(p) {
-        all_rows = p.cu_seqlens ? p.rows : p.sequences * p.rows;
-        runs = (all_rows + p.run - 1) / p.run;
+        all_steps = p.cu_seqlens ? p.rows : p.sequences * p.rows;
+        runs = (all_steps + p.run - 1) / p.run;
         // columns that do not share a line with others, in the narrowest format
         int64_t unit = 2 * kCacheLine / bytes_of_sums;
         int64_t widest = std::min(std::max(p.working_set / bytes_per_column, unit), kStateBytes / bytes_of_sums);
@@ -54,20 +54,18 @@ struct Cut {
         return {n, p.cu_seqlens[n], length, 0, length};
     }
 
-    // Calls f(piece) for every sequence that has rows in the run.
+    // Calls f(piece) for every sequence that has steps in the run.
     template <class F>
     void for_pieces(int64_t run, const F& f) const {
-        int64_t row = run * p.run, stop = std::min(row + p.run, all_rows), n = row / p.rows;
-        if (p.cu_seqlens) n = std::upper_bound(p.cu_seqlens, p.cu_seqlens + p.sequences + 1, row) - p.cu_seqlens - 1;
-        for (; row < stop; ++n) {
+        int64_t step = run * p.run, stop = std::min(step + p.run, all_steps), n = step / p.rows;
+        if (p.cu_seqlens) n = std::upper_bound(p.cu_seqlens, p.cu_seqlens + p.sequences + 1, step) - p.cu_seqlens - 1;
+        for (; step < stop; ++n) {
             Piece piece = whole(n);
-            int64_t rows = std::min(stop, piece.first_row + piece.length) - row;
-            if (rows <= 0) continue;
-            piece.begin = row - piece.first_row;
-            if (p.reverse) piece.begin = piece.length - piece.begin - rows;
-            piece.end = piece.begin + rows;
+            piece.begin = step - piece.first_row;
+            piece.end = std::min(stop - piece.first_row, piece.length);
+            if (piece.begin >= piece.end) continue;
             f(piece);
-            row += rows;
+            step = piece.first_row + piece.end;
         }
     }
 
