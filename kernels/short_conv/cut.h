@@ -1,4 +1,4 @@
-// What the convolution is told, and how the work is shared out: steps, counted through all sequences, are cut into runs.
+// What the convolution is told, and how its work is shared out: steps, counted through all sequences, become runs.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -141,7 +141,8 @@ void backward(const Backward& b) {
                 T* out = nullptr;
                 int64_t of = t - p.before();
                 if (b.dx && of >= piece.begin) out = cut.row<T>(b.dx, p.contiguous(), piece, of);
-                if (b.dinitial_state && of < 0 && piece.begin == 0) out = cut.state<T>(b.dinitial_state, piece.sequence, t);
+                const bool early = piece.begin == 0 && of < 0;
+                if (b.dinitial_state && early) out = cut.state<T>(b.dinitial_state, piece.sequence, t);
                 row.out = drow.begin(out ? out + column : nullptr);
                 compute(row);
                 drow.end(columns);
