@@ -1,0 +1,107 @@
+"""The delta rule as its definition: a loop over time, and the loop of its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.loop import Loop
+from kernels.packing import Packing
+from kernels.problem import state_dtype
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """(y [B, T, H, V], final_state [N, H, K, V])"""
+    y, final = _loop(q, k, v, beta, log_decay, initial_state, cu_seqlens).forward()
+    return (scale * y).to(v.dtype), final
+
+
+def backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    needs: tuple[bool, ...],
+    config: Any = None,
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dbeta, dlog_decay, dinitial_state), each None where `needs` says so."""
+    loop = _loop(q, k, v, beta, log_decay, initial_state, cu_seqlens)
+    dy = torch.zeros_like(v) if dy is None else dy
+    rows, dinitial, _ = loop.backward(step_backward, scale * dy.to(loop.initial.dtype), dfinal_state)
+    like = (q, k, v, beta, log_decay, initial_state)
+    return tuple(
+        g.to(t.dtype) if needed and g is not None and t is not None else None
+        for g, t, needed in zip((*rows, dinitial), like, needs)
+    )
+
+
+def _loop(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Loop:  # fmt: skip
+    packing = Packing.of(q, cu_seqlens, False)
+    if initial_state is None:
+        shape = packing.sequences, q.shape[2], q.shape[3], v.shape[3]
+        initial_state = q.new_zeros(shape, dtype=state_dtype(q.dtype))
+    return Loop(step, (q, k, v, beta, log_decay), initial_state, packing)
+
+
+def step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """R = diag(exp(log_decay)) S;  S' = R + k uᵀ with u = β (v − Rᵀ k);  y = S'ᵀ q.
+
+    S [B, H, K, V]; q, k [B, H, K]; v, u, y [B, H, V]; beta [B, H]; log_decay [B, H, K or 1].
+    """
+    R = S if log_decay is None else log_decay.exp()[..., None] * S
+    u = beta[..., None] * (v - torch.einsum("bhkv,bhk->bhv", R, k))
+    after = R + k[..., None] * u[..., None, :]
+    return after, torch.einsum("bhkv,bhk->bhv", after, q)
+
+
+def step_backward(
+    dS: Tensor,
+    dy: Tensor,
+    S: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[()]]:
+    """From the gradient of S' (without this step's y): that of S, and of the row."""
+    decay = None if log_decay is None else log_decay.exp()[..., None]
+    R = S if decay is None else decay * S
+    error = v - torch.einsum("bhkv,bhk->bhv", R, k)
+    u = beta[..., None] * error
+    after = R + k[..., None] * u[..., None, :]
+    dq = torch.einsum("bhkv,bhv->bhk", after, dy)
+    dS = dS + q[..., None] * dy[..., None, :]
+    du = torch.einsum("bhkv,bhk->bhv", dS, k)
+    dbeta, dv = (du * error).sum(-1), beta[..., None] * du
+    dk = torch.einsum("bhkv,bhv->bhk", dS, u) - torch.einsum("bhkv,bhv->bhk", R, dv)
+    dR = dS - k[..., None] * dv[..., None, :]
+    if decay is None or log_decay is None:
+        return dR, (dq, dk, dv, dbeta, None), ()
+    dlog_decay = (decay * dR * S).sum(-1)
+    if log_decay.shape[-1] == 1:
+        dlog_decay = dlog_decay.sum(-1, keepdim=True)
+    return decay * dR, (dq, dk, dv, dbeta, dlog_decay), ()
