@@ -112,11 +112,10 @@ class Op:
     forward_overload: Callable[..., Any] = field(init=False, repr=False)
     backward_overload: Callable[..., Any] = field(init=False, repr=False)
     _plans: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
-
-    _function: list[type[torch.autograd.Function]] = field(default_factory=list, repr=False)
+    _with_gradient: Callable[..., tuple[Tensor, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._function.append(registration.register(self))
+        object.__setattr__(self, "_with_gradient", registration.register(self))
         # found here, because torch.compile does not trace through the lock of a cached_property
         object.__setattr__(self, "forward_overload", registration.overload(self.name))
         object.__setattr__(self, "backward_overload", registration.overload(f"{self.name}_backward"))
@@ -126,7 +125,7 @@ class Op:
         if not registration.unwatched(args):
             return self.forward_overload(*args)
         if registration.needs_gradient(self, args):
-            return self._function[0].apply(*args)
+            return self._with_gradient(*args)
         return self.run_forward(*args)
 
     @cached_property

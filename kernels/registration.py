@@ -9,6 +9,7 @@ everything else together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ NAMESPACE = "sequence_mixers"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _below = torch._C._AutoDispatchBelowAutograd
 _PLAIN = frozenset({type(None), bool, int, float, str})
+_CALL = torch._C._FunctionBase.__dict__["apply"]
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -50,8 +52,9 @@ def unwatched(args: Sequence[Any]) -> bool:
     return True
 
 
-def register(op: Op) -> type[torch.autograd.Function]:
-    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the op with its gradient."""
+def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
+    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the unwatched op with its
+    gradient."""
     by_name = {arg.name: arg for arg in (*op.inputs, *op.outputs)}
     options = [f"{_TYPES[type(default)]} {name}" for name, default in op.options.items()]
 
@@ -69,12 +72,12 @@ def register(op: Op) -> type[torch.autograd.Function]:
     _library.impl(f"{op.name}_backward", op.run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", _fake_forward(op), lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{op.name}_backward", _fake_backward(op), lib=_library)
-    function = _function(op)
-    _library.impl(op.name, _autograd(op, function), "Autograd")
+    _library.impl(op.name, _autograd(op, _function(op, _below_autograd(op)).apply), "Autograd")
     _library.impl(f"{op.name}_backward", _no_second_derivative(op), "Autograd")
     for direction in ("forward", "backward"):
         _register_flops(op, direction)
-    return function
+    # what `apply` comes to where no function is transformed; its way through Python costs as much as the kernel
+    return _CALL.__get__(None, _function(op, op.run_forward))
 
 
 def _fake_forward(op: Op) -> Callable[..., Any]:
@@ -108,39 +111,46 @@ def needs_gradient(op: Op, args: Sequence[Any]) -> bool:
     return False
 
 
-def _autograd(op: Op, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """The Autograd key: straight to the kernel if nothing needs a gradient, else through the autograd.Function."""
+def _below_autograd(op: Op) -> Callable[..., Any]:
+    """The dispatcher's way on, once autograd has had its turn."""
 
-    def autograd(*args: Any) -> Any:
-        if needs_gradient(op, args):
-            return function.apply(*args)
+    def below(*args: Any) -> Any:
         with _below():
             return op.forward_overload(*args)
+
+    return below
+
+
+def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """The Autograd key: straight to the kernel if nothing needs a gradient, else through the autograd.Function."""
+    without = _below_autograd(op)
+
+    def autograd(*args: Any) -> Any:
+        return with_gradient(*args) if needs_gradient(op, args) else without(*args)
 
     return autograd
 
 
-def _function(op: Op) -> type[torch.autograd.Function]:
+def _function(op: Op, run: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """The op with its gradient. run: its forward pass."""
     count = len(op.inputs)
     names = [arg.name for arg in (*op.inputs, *op.outputs)]
-    kept = [names.index(name) for name in op.residuals]
+    # among the arguments (tensors, cu_seqlens, options, backend) and then the outputs
+    after = count + 2 + len(op.options)
+    places = [names.index(name) for name in op.residuals]
+    kept = itemgetter(*[i if i < count else i - count + after for i in places], count)
     constant = [i for i, arg in enumerate(op.outputs) if not arg.differentiable]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            if unwatched(args):
-                results = op.run_forward(*args)
-            else:
-                with _below():
-                    results = op.forward_overload(*args)
-            tensors = (*args[:count], *results)
-            ctx.save_for_backward(*[tensors[i] for i in kept], args[count])
+            results = tuple(run(*args))
+            ctx.save_for_backward(*kept(args + results))
             ctx.rest = args[count + 1 :]
             ctx.set_materialize_grads(False)
             if constant:
                 ctx.mark_non_differentiable(*[results[i] for i in constant])
-            return tuple(results)
+            return results
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -68,7 +68,7 @@ def forward(
     h = pool.empty_like(x)
     batch, _, *columns = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = torch.empty((sequences, *columns), dtype=state_dtype(x.dtype), device=x.device)
+    final_state = x.new_empty((sequences, *columns), dtype=state_dtype(x.dtype))
     _forward(a, x, initial_state, cu_seqlens, h, final_state, reverse, config)
     return h, final_state
 
