@@ -23,7 +23,7 @@ from mixers.demo.machine import bfloat16_speedup, keep_freed_memory
 from mixers.demo.settings import Settings
 from mixers.demo.streams import Streams
 from mixers.demo.text import Corpus, split
-from mixers.demo.trainer import Trainer, heeding_interrupts, in_bfloat16
+from mixers.demo.trainer import SharedDropout, Trainer, heeding_interrupts, in_bfloat16
 from mixers.models import LanguageModel
 
 TEXT = "".join(
@@ -96,6 +96,11 @@ class TestSettings:
         assert rates[10] == 0.0
         assert Settings().rate_at(1.5) == 0.0
 
+    def test_dropout_grows_with_the_time_up_to_a_limit(self) -> None:
+        found = [Settings(dropout=0.1).regularised(60 * minutes).dropout for minutes in (0.3, 3, 6, 60)]
+        assert found == pytest.approx([0.1, 0.1, 0.2, 0.4])
+
+
     @pytest.mark.parametrize("name", [n for n in registry.names() if registry.get(n)(16).causal])
     def test_every_mixer_reads_a_long_text_with_a_state_of_fixed_size(self, name: str) -> None:
         network = tiny(mixer=name).model(11)
@@ -135,7 +140,8 @@ class TestEvaluation:
 
     def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(self, corpus: Corpus) -> None:
         network = self.network(corpus)
-        network.embedding.weight.data.zero_()
+        for parameter in network.head.parameters():
+            parameter.data.zero_()
         expected = math.log2(corpus.size)
         assert bits_per_character(network, corpus.train, corpus.held_out) == pytest.approx(expected, rel=1e-6)
 
@@ -298,6 +304,17 @@ def test_bfloat16_leaves_decays_and_angles_in_float32() -> None:
     assert dtypes["stack.bounds.weight"] == torch.float32
     assert dtypes["stack.blocks.0.mixer.f_proj.weight"] == dtypes["embedding.weight"] == torch.bfloat16
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_dropout_drops_a_channel_for_all_of_time_and_keeps_the_mean() -> None:
+    dropout, x = SharedDropout(0.25), torch.ones(200, 5, 100)
+    y = dropout(x)
+    assert torch.equal(y, y[:, :1].expand_as(y))
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert y.mean().item() == pytest.approx(1, abs=0.02)
+    assert dropout.eval()(x) is x
+    trained = Trainer(tiny(), split(TEXT, source="a song", minimum=1000)).working
+    assert not any(isinstance(module, torch.nn.Dropout) for module in trained.modules())
 
 
 def test_the_machine_is_measured() -> None:

@@ -68,7 +68,7 @@ def demo(
     seconds = min(60 * minutes, QUICK_TRAINING) if quick else 60 * minutes
     keep_freed_memory()
     corpus = load_text(text, maximum=LONGEST_TEXT)
-    trainer = resumed(corpus, mixer, folder) if resume else fresh(console, corpus, mixer, seed)
+    trainer = resumed(corpus, mixer, folder) if resume else fresh(console, corpus, mixer, seed, seconds)
     introduce(console, trainer)
     with console.status("counting n-grams, running xz"):
         known = yardsticks(corpus)
@@ -83,8 +83,8 @@ def demo(
     conclude(console, trainer, known, folder)
 
 
-def fresh(console: Console, corpus: Corpus, mixer: str, seed: int) -> Trainer:
-    settings, device = Settings(mixer=mixer, seed=seed), device_of(None)
+def fresh(console: Console, corpus: Corpus, mixer: str, seed: int, seconds: float) -> Trainer:
+    settings, device = Settings(mixer=mixer, seed=seed).regularised(seconds), device_of(None)
     speedup = bfloat16_speedup(device, rows=settings.batch * settings.length, dim=settings.dim)
     low = speedup >= WORTH
     console.print(

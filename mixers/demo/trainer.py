@@ -53,6 +53,7 @@ class Trainer:
         self.settings, self.corpus = settings, corpus
         self.model = settings.model(corpus.size).to(device)
         self.working = in_bfloat16(self.model) if settings.bfloat16 else self.model
+        share_dropout(self.working)
         self.optimizers = _optimizers(self.model, settings)
         self.streams = Streams(corpus.train, settings.batch, settings.length, seed=settings.seed)
         self.state: Any = None
@@ -213,6 +214,31 @@ def in_bfloat16(model: LanguageModel) -> LanguageModel:
         if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)):
             module.bfloat16()
     return working
+
+
+class SharedDropout(nn.Module):
+    """Dropout of x [B, T, D] with one mask [B, 1, D] for all of time (Gal and Ghahramani, arXiv 1512.05287).
+
+    It is better for recurrent networks, and drawing T times fewer random numbers is faster.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        kept = x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - self.p)
+        return x * kept.div_(1 - self.p)
+
+
+def share_dropout(model: nn.Module) -> None:
+    """Puts SharedDropout in the place of every nn.Dropout."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, SharedDropout(child.p))
 
 
 @contextlib.contextmanager
