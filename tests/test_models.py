@@ -244,6 +244,9 @@ def test_what_is_loaded_is_what_was_saved(written_by: str, tmp_path: Path) -> No
     assert torch.equal(loaded(tokens)[0], network(tokens)[0])
     assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
     assert [file.name for file in path.parent.iterdir()] == ["model"]
+    # as readable as any other file that is written here
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_bounds_shared_between_layers_stay_shared_when_loaded(tmp_path: Path) -> None:
