@@ -1,0 +1,89 @@
+"""What mixers with heads share: how many heads, the norm of each head with its gate, the token before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.problem import state_dtype
+from kernels.short_conv import short_conv
+from mixers.parts import ACTIVATIONS, choice
+
+
+def heads_for(who: str, heads: int | None, width: int, *dims: int) -> int:
+    """The number of heads: as given, or None: dims[0] / width, or the next smaller number that divides every dim.
+
+    Raises:
+        ValueError: the heads that were given do not divide a dim.
+    """
+    if heads is None:
+        return next(n for n in range(max(dims[0] // width, 1), 0, -1) if all(dim % n == 0 for dim in dims))
+    for dim in dims:
+        if heads < 1 or dim % heads:
+            raise ValueError(f"{who}: heads is {heads}, which does not divide the {dim} channels; give other heads")
+    return heads
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H · K] -> [B, T, H, K]"""
+    return x.unflatten(-1, (heads, -1))
+
+
+class GatedNorm(nn.Module):
+    """Norm of each head, times a gate: y = (x / rms(x) ⊙ w + b) ⊙ act(g), computed in the state dtype.
+
+    Args:
+        width: numbers in a head (or in a group of channels).
+        activation: of the gate; see `mixers.parts.ACTIVATIONS`.
+        weight: a learned weight w [width], or [heads, width] if `heads` is given; False for none.
+        bias: a learned bias of the same shape, added after the weight.
+        heads: each head with a weight of its own.
+        gate_first: norm(x ⊙ act(g)) instead, as in Mamba-2.
+        center: subtract the mean first: a layer norm, as in a group norm with a group a head.
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        activation: str = "silu",
+        weight: bool = True,
+        bias: bool = False,
+        heads: int | None = None,
+        gate_first: bool = False,
+        center: bool = False,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.activation = choice("GatedNorm", "activation", activation, ACTIVATIONS)
+        self.gate_first, self.center, self.eps = gate_first, center, eps
+        shape = (width,) if heads is None else (heads, width)
+        self.weight = nn.Parameter(torch.ones(shape)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x [B, T, H, V], gate [B, T, H · V] or None for 1: [B, T, H · V] in x's dtype."""
+        wide, y = state_dtype(x.dtype), x.to(state_dtype(x.dtype))
+        opened = None if gate is None else ACTIVATIONS[self.activation](gate.to(wide)).view_as(y)
+        if opened is not None and self.gate_first:
+            y = y * opened
+        if self.center:
+            y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            y = y * self.weight.to(wide)
+        if self.bias is not None:
+            y = y + self.bias.to(wide)
+        if opened is not None and not self.gate_first:
+            y = y * opened
+        return y.flatten(-2).to(x.dtype)
+
+
+def previous(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The token before each token [B, T, D], `state` [N, 1, D] before a sequence's first; and the last [N, 1, D].
+
+    Both in x's dtype; a packed sequence never sees another's token.
+    """
+    taps = torch.arange(1, -1, -1, device=x.device, dtype=x.dtype).expand(x.shape[-1], 2).contiguous()
+    return short_conv(x, taps, None, state.to(x.dtype), cu_seqlens=cu_seqlens)
