@@ -172,11 +172,11 @@ class Expected:
             alike = [n for n, other in enumerate(inputs.results) if (other.role, dtypes[n]) == (arg.role, dtype)]
             ulp = 0.0 if dtype is None else torch.finfo(dtype).eps
             rows = 0 if {"B", "N"} & set(arg.letters) else inputs.problem.sizes["B"] * inputs.problem.sizes["T"]
-            rounding = ULPS * ulp + rows**0.5 * torch.finfo(state_dtype(inputs.dtype)).eps
+            summed = rows**0.5 * torch.finfo(state_dtype(inputs.dtype)).eps
             limits = []
             for kind in (0, 1):
                 loss, scale = max(losses[n][kind] for n in alike), max(scales[n][kind] for n in alike)
-                limit = MULTIPLE * (loss + noise * scale) + rounding * scale
+                limit = MULTIPLE * (loss + noise * scale) + ULPS * ulp * scale + summed * max(s[kind] for s in scales)
                 # a logarithm that only a backward pass sees: its error is the relative error of what is made from it
                 limits.append(limit if arg.differentiable else max(limit, ULPS * torch.finfo(inputs.dtype).eps))
             allowed.append((limits[0], limits[1]))
