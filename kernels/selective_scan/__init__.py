@@ -119,7 +119,10 @@ OP = Op(
     outputs=(Arg("y", "B T D"), Arg("final_state", "N D K", "state")),
     residuals=NAMES,
     gradients={name: name for name in NAMES},
-    backends=(Backend("naive", "kernels.selective_scan.naive"),),
+    backends=(
+        Backend("naive", "kernels.selective_scan.naive"),
+        Backend("native", "kernels.selective_scan.native", devices=("cpu",)),
+    ),
     sample=_sample,
     cost=_cost,
     differentiable_backward=_differentiable_backward,

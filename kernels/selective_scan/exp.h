@@ -1,0 +1,60 @@
+// The exponential on vectors, to within a unit in the last place; exactly 1 at 0, and 0 and infinity where it is.
+#pragma once
+#include "../simd.h"
+
+// exp(r) = 1 + r + r^2 (c[0] + c[1] r + ...) for |r| <= ln(2) / 2. In float the polynomial with the least relative
+// error, 3.1e-9; in double Taylor's, 4e-18.
+template <class S>
+struct ExpSeries {
+    static constexpr int terms = 5;
+    static constexpr S c[terms] = {0.49999993f, 0.16666521f, 0.04166839f, 0.00836872f, 0.00138146f};
+};
+template <>
+struct ExpSeries<double> {
+    static constexpr int terms = 12;
+    static constexpr double c[terms] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+                                        1. / 5040,   1. / 40320,   1. / 362880,   1. / 3628800,   1. / 39916800,
+                                        1. / 479001600, 1. / 6227020800.};
+};
+
+// p times 2 to the power of n, an integer, rounded once; `shifted` has n in its last bits.
+template <int W, class S>
+INLINE Vec<S, W> times_power_of_two(Vec<S, W> p, Vec<S, W> n, Vec<S, W> shifted) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(p) == 64 && sizeof(S) == 4) return (Vec<S, W>)_mm512_scalef_ps((__m512)p, (__m512)n);
+    else if constexpr (sizeof(p) == 64) return (Vec<S, W>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+    else
+#endif
+    {
+        // in two steps, whose powers are both normal numbers
+        constexpr bool wide = sizeof(S) == 8;
+        using Bits = Vec<std::conditional_t<wide, int64_t, int32_t>, W>;
+        constexpr int mantissa = wide ? 52 : 23, bias = wide ? 1023 : 127;
+        Bits power = bits_as<Bits>(shifted) << (wide ? 12 : 9) >> (wide ? 12 : 9), half = power >> 1;
+        auto two_to = [](Bits k) INLINE_BODY { return bits_as<Vec<S, W>>((k + bias) << mantissa); };
+        return p * two_to(half) * two_to(power - half);
+    }
+}
+
+template <int W, class S>
+INLINE Vec<S, W> exponential(Vec<S, W> x) {
+    constexpr bool wide = sizeof(S) == 8;
+    // Adding this rounds to an integer and leaves it in the last bits.
+    constexpr S magic = wide ? 6755399441055744.0 : 12582912.0;
+    constexpr S log2_e = 1.4426950408889634;
+    // ln 2 in two parts; n times the first is exact.
+    constexpr S ln2_high = wide ? 0.69314718036912381649 : 0.693359375;
+    constexpr S ln2_low = wide ? 1.90821492927058770002e-10 : -2.12194440e-4;
+    // beyond these it is 0 and infinity
+    constexpr S least = wide ? -746 : -104, most = wide ? 710 : 89;
+    using Series = ExpSeries<S>;
+    constexpr Vec<S, W> zero = {};
+
+    x = x < least ? zero + least : x;
+    x = x > most ? zero + most : x;
+    Vec<S, W> shifted = x * log2_e + magic, n = shifted - magic;
+    Vec<S, W> r = x - n * ln2_high - n * ln2_low;
+    Vec<S, W> series = zero + Series::c[Series::terms - 1];
+    for (int i = Series::terms - 2; i >= 0; --i) series = series * r + Series::c[i];
+    return times_power_of_two<W, S>(series * (r * r) + (r + 1), n, shifted);
+}

@@ -1,0 +1,158 @@
+"""The selective scan in C++ for CPUs: rows streamed in time, threads over sequences and blocks of channels.
+
+See native.cpp. The state of a block of channels stays in the cache, and is never written for every row: the backward
+pass keeps it before every 32nd row and makes the others again. The bits of the results do not depend on the number of
+threads: what is summed over channels or sequences is summed over blocks first, whoever computes these.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import jit_cpp, pool
+from kernels.problem import Problem, state_dtype
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# (dtype of delta, dtype of x) in the order in which native.cpp counts them
+FORMATS = {
+    (torch.float64, torch.float64): 0,
+    (torch.float32, torch.float32): 1,
+    (torch.float16, torch.float16): 2,
+    (torch.float32, torch.float16): 3,
+    (torch.bfloat16, torch.bfloat16): 4,
+    (torch.float32, torch.bfloat16): 5,
+}
+# vectors in a block of channels
+VECTORS = 4
+# fewer numbers than this are done before a second thread has woken up
+SERIAL_SIZE = 32768
+
+
+def cannot(problem: Problem) -> list[str]:
+    """Why this backend cannot run the problem; empty if it can."""
+    delta, x = problem.dtypes["delta"], problem.dtypes["x"]
+    if (delta, x) not in FORMATS:
+        return [f"no kernel for delta in {delta} with x in {x}"]
+    reason = jit_cpp.reason(SOURCE)
+    return [] if reason is None else [reason]
+
+
+def forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    config: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """y like x, and final_state [N, D, K] in the state dtype."""
+    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens)
+    y = pool.empty_like(x)
+    final_state = x.new_empty((given.sequences, *A.shape), dtype=state_dtype(x.dtype))
+    _function("selective_scan_forward", 20)(*given.fields(), y.data_ptr(), final_state.data_ptr())
+    return y, final_state
+
+
+def backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    needs: tuple[bool, ...],
+    config: Any = None,
+) -> tuple[Tensor | None, ...]:
+    """(dx, ddelta, dA, dB, dC, dD, dinitial_state), each like its input, or None where `needs` says so."""
+    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens)
+    dy = None if dy is None else _side_by_side(dy)
+    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+    inputs = (x, delta, A, B, C, D, initial_state)
+    found = [pool.empty_like(t) if needed and t is not None else None for t, needed in zip(inputs, needs)]
+    dx, ddelta, dA, dB, dC, dD, dinitial_state = found
+    block = VECTORS * jit_cpp.load(SOURCE).vector_bytes() // given.A.element_size()
+    blocks = -(-A.shape[0] // block)
+    # what each sequence adds to dA and dD, and each block of channels to dB and dC
+    of_sequences = given.A.new_empty((given.sequences, A.shape[0], A.shape[1] + 1))
+    of_blocks = given.B.new_empty((2, blocks, *B.shape))
+    _function("selective_scan_backward", 33)(
+        *given.fields(),
+        _address(dy),
+        *((0, 0) if dy is None else dy.stride()[:2]),
+        _address(dfinal_state),
+        *map(_address, (dx, ddelta, dinitial_state, dA, dB, dC, dD)),
+        of_sequences.data_ptr(),
+        of_sequences.data_ptr() + given.sequences * A.numel() * A.element_size(),
+        *map(_address, of_blocks),
+    )
+    return dx, ddelta, dA, dB, dC, dD, dinitial_state
+
+
+class _Given:
+    """The inputs as native.cpp reads them; keeps the copies that it made alive."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        wide = state_dtype(x.dtype)
+        self.x, self.delta = _side_by_side(x), _side_by_side(delta)
+        # numbers that every channel reads are widened here, once for all blocks of channels
+        self.A, self.B, self.C = A.contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous()
+        self.D = None if D is None else D.contiguous()
+        self.initial_state = None if initial_state is None else initial_state.contiguous()
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        self.sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def fields(self) -> tuple[int, ...]:
+        """The fields of native.cpp's Problem."""
+        x, delta, states = self.x, self.delta, self.A.shape[1]
+        return (
+            _address(self.cu_seqlens),
+            self.sequences,
+            *x.shape[1:],
+            states,
+            FORMATS[delta.dtype, x.dtype],
+            torch.get_num_threads() if x.numel() * states >= SERIAL_SIZE else 1,
+            x.data_ptr(),
+            delta.data_ptr(),
+            *x.stride()[:2],
+            *delta.stride()[:2],
+            *map(_address, (self.A, self.B, self.C, self.D, self.initial_state)),
+        )
+
+
+@functools.cache
+def _function(name: str, fields: int) -> Callable[..., None]:
+    return jit_cpp.load(SOURCE).function(name, fields)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x if its columns lie side by side, else a copy; batch and time may have any strides."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
