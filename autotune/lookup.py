@@ -43,6 +43,7 @@ class _Index:
         self.rows: dict[Key, list[tuple[Record, str]]] = {}
         self.lengths: dict[tuple[Any, ...], set[int]] = {}
         self.memo: dict[tuple[Key, str], tuple[int, list[tuple[str, Config]], Choice | None]] = {}
+        self.refusals: dict[tuple[Key, str], tuple[int, list[Record]]] = {}
         for record in Store(SHIPPED / f"{device}.jsonl").read():
             self.add(record, "shipped")
         for record in user.read():
@@ -155,7 +156,11 @@ def _choose(index: _Index, key: Key, candidates: list[tuple[str, Config]], sourc
 def refused(key: Key, source: str) -> list[Record]:
     """Why candidates must not run this problem, by rule or otherwise: found wrong or failing for this very key, or
     wrong at another length without having been found right here. One record a candidate."""
-    return _refused(_stack[-1].index(key.device), key, source)
+    index, now = _stack[-1].index(key.device), generation()
+    remembered = index.refusals.get((key, source))
+    if remembered is None or remembered[0] != now:
+        remembered = index.refusals[key, source] = now, _refused(index, key, source)
+    return list(remembered[1])
 
 
 def _refused(index: _Index, key: Key, source: str) -> list[Record]:

@@ -147,7 +147,10 @@ class Op:
 
     def key(self, problem: Problem) -> autotune.Key:
         sizes = {k: v for k, v in problem.sizes.items() if k != "T" and (k != "N" or problem.options["packed"])}
-        if "S" in sizes:
+        if sizes.get("S") == problem.sizes["T"]:
+            # self-attention: the length says it all
+            del sizes["S"]
+        elif "S" in sizes:
             # the length of the keys, which grows with every decoded token
             sizes["S"] = autotune.bucket(sizes["S"])
         return autotune.Key(

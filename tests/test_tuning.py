@@ -310,3 +310,15 @@ def test_a_bias_is_refused_although_each_error_alone_would_pass(dtype: torch.dty
     one.view(-1)[h.abs().argmin()] += bias
     assert expected.difference((one, final)) is None
     assert "on average" in str(expected.difference((h + bias, final)))
+
+
+def test_self_attention_at_another_length_is_the_same_problem_but_decoding_is_not() -> None:
+    attention, cpu = OPS["attention"], torch.device("cpu")
+
+    def key(length: int, keys: int) -> autotune.Key:
+        sizes = {"B": 1, "T": length, "S": keys, "H": 2, "G": 1, "K": 8, "V": 8}
+        return attention.key(pose(attention, "forward", sizes, dtype=torch.float32, device=cpu))
+
+    assert key(256, 256).family == key(1024, 1024).family
+    assert key(1, 256).family == key(1, 250).family != key(1, 1024).family
+    assert key(256, 256).family != key(256, 1024).family
