@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from mixers import models, state
 from mixers.attention import Attention
+from mixers.gated_conv import GatedConv
 from mixers.hgrn import HGRN
+from mixers.lru import LRU
 from mixers.mingru import MinGRU
+from mixers.minlstm import MinLSTM
 from mixers.mixer import SequenceMixer
 from mixers.registry import build, describe, names, register
 from mixers.rglru import RGLRU
@@ -16,9 +19,12 @@ from mixers.stack import Stack
 
 __all__ = [
     "HGRN",
+    "LRU",
     "RGLRU",
     "Attention",
+    "GatedConv",
     "MinGRU",
+    "MinLSTM",
     "SequenceMixer",
     "Stack",
     "build",

@@ -1,0 +1,140 @@
+"""Mixers with element-wise states and convolutions, against other people's code or their papers' equations written out.
+
+Each is compared in one call, and in two, where the second continues from the state of the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mixers
+from mixers.mixer import SequenceMixer
+
+
+def in_two_calls(layer: SequenceMixer, x: Tensor, cut: int) -> Tensor:
+    first, state = layer(x[:, :cut])
+    return torch.cat([first, layer(x[:, cut:], state)[0]], 1)
+
+
+def require_same(layer: SequenceMixer, x: Tensor, expected: Tensor, **tolerance: float) -> None:
+    torch.testing.assert_close(layer(x)[0], expected, **tolerance)
+    for cut in (1, x.shape[1] // 2):
+        torch.testing.assert_close(in_two_calls(layer, x, cut), expected, **tolerance)
+
+
+def randomise(module: nn.Module) -> None:
+    """So that no parameter is at a value where it does not matter."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+
+
+@pytest.mark.parametrize("candidate", ["positive", "identity"])
+def test_minlstm_is_the_papers_equation(candidate: str) -> None:
+    torch.manual_seed(0)
+    layer = mixers.build("minlstm", 5, expand=2, candidate=candidate).double()
+    x = torch.randn(1, 7, 5, dtype=torch.float64)
+    h, rows = torch.zeros(10, dtype=torch.float64), []
+    for t in range(7):
+        f, i = torch.sigmoid(layer.f_proj(x[0, t])), torch.sigmoid(layer.i_proj(x[0, t]))
+        c = layer.h_proj(x[0, t])
+        if candidate == "positive":
+            c = torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
+        h = f / (f + i) * h + i / (f + i) * c
+        rows.append(layer.o_proj(h))
+    require_same(layer, x, torch.stack(rows)[None])
+
+
+def test_minlstm_shares_do_not_underflow() -> None:
+    """Both gates at σ(−200), which is 0 in float32: they share equally, where their quotient is 0/0."""
+    layer = mixers.build("minlstm", 3, candidate="identity")
+    with torch.no_grad():
+        for gate in (layer.f_proj, layer.i_proj):
+            gate.weight.zero_()
+            gate.bias.fill_(-200.0)
+    x = torch.randn(1, 1, 3)
+    torch.testing.assert_close(layer(x)[0], layer.o_proj(0.5 * layer.h_proj(x)))
+
+
+def test_minlstm_forget_bias_lengthens_the_memory_at_the_start() -> None:
+    torch.manual_seed(0)
+    plain = mixers.build("minlstm", 4)
+    torch.manual_seed(0)
+    longer = mixers.build("minlstm", 4, forget_bias=3.0)
+    torch.testing.assert_close(longer.f_proj.bias, plain.f_proj.bias + 3)
+
+
+def test_lru_is_the_papers_equation() -> None:
+    """With Python's complex numbers, from the parameters as the paper names them."""
+    torch.manual_seed(0)
+    layer = mixers.build("lru", 4, states=6).double()
+    randomise(layer)
+    B = torch.complex(*layer.in_proj.weight.chunk(2))
+    real, negative_imaginary = layer.out_proj.weight.chunk(2, 1)
+    C = torch.complex(real, -negative_imaginary)
+    eigenvalues = torch.exp(torch.complex(-layer.nu.exp(), layer.theta.exp()))
+    x = torch.randn(1, 9, 4, dtype=torch.float64)
+    h, rows = torch.zeros(6, dtype=torch.complex128), []
+    for t in range(9):
+        h = eigenvalues * h + layer.gamma.exp() * (B @ x[0, t].to(torch.complex128))
+        rows.append((C @ h).real + layer.D * x[0, t])
+    require_same(layer, x, torch.stack(rows)[None])
+
+
+def test_lru_starts_on_its_ring_and_keeps_the_size_of_its_input() -> None:
+    torch.manual_seed(0)
+    layer = mixers.build("lru", 2, states=1000, r_min=0.6, r_max=0.9, max_phase=1.5)
+    size = layer.eigenvalues(torch.float64).norm(dim=-1)
+    phase = layer.theta.double().exp()
+    assert 0.6 - 1e-6 <= size.min() < 0.61
+    assert 0.89 < size.max() <= 0.9 + 1e-6
+    assert 0 < phase.min() < 0.01
+    assert 1.49 < phase.max() <= 1.5 + 1e-6
+    # uniform by area: the square of the radius is uniform
+    assert abs(size.square().mean() - (0.36 + 0.81) / 2) < 0.015
+    torch.testing.assert_close(layer.gamma.double().exp(), (1 - size**2).sqrt(), rtol=1e-5, atol=0)
+    h = layer(torch.randn(200, 40, 2))[1]["h"]
+    # B x has variance 1 for each complex number, and so has h
+    assert 0.7 < h.square().sum(-1).mean() < 1.4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_conv_agrees_with_transformers(bias: bool) -> None:
+    lfm2 = pytest.importorskip("transformers.models.lfm2.modeling_lfm2")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Lfm2Config(hidden_size=6, num_hidden_layers=1, layer_types=["conv"], conv_bias=bias)
+    torch.manual_seed(0)
+    theirs = lfm2.Lfm2ShortConv(config, 0)
+    randomise(theirs)
+    ours = mixers.build("gated_conv", 6, short_conv=config.conv_L_cache, bias=bias)
+    with torch.no_grad():
+        ours.in_proj.load_state_dict(theirs.in_proj.state_dict())
+        ours.out_proj.load_state_dict(theirs.out_proj.state_dict())
+        ours.conv_weight.copy_(theirs.conv.weight.squeeze(1))
+        if bias:
+            ours.conv_bias.copy_(theirs.conv.bias)
+    x = torch.randn(2, 9, 6)
+    require_same(ours, x, theirs(x), rtol=1e-4, atol=1e-5)
+    cache = transformers.DynamicCache(config=config)
+    theirs(x[:, :5], past_key_values=cache)
+    expected = theirs(x[:, 5:6], past_key_values=cache)
+    torch.testing.assert_close(ours(x[:, 5:6], ours(x[:, :5])[1])[0], expected, rtol=1e-4, atol=1e-5)
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "candidate": ("candidate is 'tanh', expected one of", lambda: mixers.build("minlstm", 4, candidate="tanh")),
+    "forget bias": ("bias=False leaves no bias", lambda: mixers.build("minlstm", 4, bias=False, forget_bias=1.0)),
+    "ring": ("r_min is 0.9 and r_max is 0.5", lambda: mixers.build("lru", 4, r_min=0.9, r_max=0.5)),
+    "phase": ("max_phase is -1", lambda: mixers.build("lru", 4, max_phase=-1)),
+    "width": ("gated_conv: short_conv is 0", lambda: mixers.build("gated_conv", 4, short_conv=0)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options(name: str) -> None:
+    message, call = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        call()
