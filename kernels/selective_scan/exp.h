@@ -36,6 +36,21 @@ INLINE Vec<S, W> times_power_of_two(Vec<S, W> p, Vec<S, W> n, Vec<S, W> shifted)
     }
 }
 
+// x between two bounds; a NaN stays one.
+template <int W, class S>
+INLINE Vec<S, W> between(S least, Vec<S, W> x, S most) {
+#if defined(__AVX512F__)
+    // one instruction each, where the comparisons below are two
+    if constexpr (sizeof(x) == 64 && sizeof(S) == 4)
+        return (Vec<S, W>)_mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(least), (__m512)x));
+    else if constexpr (sizeof(x) == 64)
+        return (Vec<S, W>)_mm512_min_pd(_mm512_set1_pd(most), _mm512_max_pd(_mm512_set1_pd(least), (__m512d)x));
+#endif
+    constexpr Vec<S, W> zero = {};
+    x = x < least ? zero + least : x;
+    return x > most ? zero + most : x;
+}
+
 template <int W, class S>
 INLINE Vec<S, W> exponential(Vec<S, W> x) {
     constexpr bool wide = sizeof(S) == 8;
@@ -50,8 +65,7 @@ INLINE Vec<S, W> exponential(Vec<S, W> x) {
     using Series = ExpSeries<S>;
     constexpr Vec<S, W> zero = {};
 
-    x = x < least ? zero + least : x;
-    x = x > most ? zero + most : x;
+    x = between<W, S>(least, x, most);
     Vec<S, W> shifted = x * log2_e + magic, n = shifted - magic;
     Vec<S, W> r = x - n * ln2_high - n * ln2_low;
     Vec<S, W> series = zero + Series::c[Series::terms - 1];

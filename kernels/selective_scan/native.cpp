@@ -44,6 +44,8 @@ static_assert(sizeof(Forward) == 20 * 8 && sizeof(Backward) == 33 * 8, "native.p
 
 // A block of channels is so many vectors wide (native.py knows it too).
 constexpr int kVectors = 4;
+// Before loops over these: what they index stays in registers.
+#define UNROLL _Pragma("GCC unroll 4")
 // Rows whose states are kept at once on the way back, in the L2 cache.
 constexpr int64_t kChunk = 32;
 // The row that is to be prefetched.
@@ -133,10 +135,12 @@ struct Row {
 
     template <class T>
     INLINE void read(const T* from, int64_t channels) {
+        UNROLL
         for (int v = 0; v < N; ++v) at[v] = load_some<W>(from ? from + v * W : nullptr, channels - v * W);
     }
     template <class T>
     INLINE void write(T* to, int64_t channels) const {
+        UNROLL
         for (int v = 0; v < N; ++v) store_some<W>(to + v * W, at[v], channels - v * W);
     }
     INLINE Vec<S, W>& operator[](int v) { return at[v]; }
@@ -147,6 +151,7 @@ template <class S, int N, class F>
 INLINE void step(const S* A, const S* B, Row<S, N>& delta, Row<S, N>& input, int64_t states, const S* h, const F& f) {
     constexpr int W = kLanes<S>, width = N * W;
     for (int64_t k = 0; k < states; ++k) {
+        UNROLL
         for (int v = 0; v < N; ++v) {
             const int64_t at = k * width + v * W;
             auto decay = exponential<W, S>(delta[v] * load<W>(A + at));
@@ -191,6 +196,7 @@ void forward_tile(const Forward& f, const Tile& t) {
     for (int64_t r = 0; r < t.rows; ++r, B += K, C += K, out += p.channels) {
         xs.prefetch(r + kAhead), deltas.prefetch(r + kAhead);
         x.read(xs(r), n), delta.read(deltas(r), n);
+        UNROLL
         for (int v = 0; v < N; ++v) input[v] = delta[v] * x[v], y[v] = D[v] * x[v];
         step<S, N>(A, B, delta, input, K, h, [&](int64_t k, int v, auto, auto after) INLINE_BODY {
             store(h + k * width + v * W, after);
@@ -235,6 +241,7 @@ void backward_tile(const Backward& b, const Tile& t) {
 
     auto read = [&](int64_t r) INLINE_BODY {
         x.read(xs(r), n), delta.read(deltas(r), n);
+        UNROLL
         for (int v = 0; v < N; ++v) input[v] = delta[v] * x[v];
     };
     for (int64_t c = 0; c + 1 < chunks; ++c) {
@@ -272,10 +279,12 @@ void backward_tile(const Backward& b, const Tile& t) {
             dy.read(dys(r), n);
             // of Δ x, and of Δ by way of the decays
             Row<S, N> dinput, dstep;
+            UNROLL
             for (int v = 0; v < N; ++v) dinput[v] = dstep[v] = Vec<S, W>{};
             for (int64_t k = 0; k < K; ++k) {
                 const S of_B = B[r * K + k], of_C = C[r * K + k];
                 Vec<S, W> along = {};
+                UNROLL
                 for (int v = 0; v < N; ++v) {
                     const int64_t at = k * width + v * W;
                     auto g = load<W>(carry + at) + dy[v] * of_C;
@@ -289,6 +298,7 @@ void backward_tile(const Backward& b, const Tile& t) {
                 }
                 dB[r * K + k] = sum<W, S>(along);
             }
+            UNROLL
             for (int v = 0; v < N; ++v) {
                 dD[v] += x[v] * dy[v];
                 dstep[v] += x[v] * dinput[v];
