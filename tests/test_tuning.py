@@ -22,7 +22,7 @@ from kernels.explain import explain
 from kernels.op import Backend, Op
 from kernels.problem import Problem
 from kernels.scan import OP as SCAN
-from kernels.scan import naive
+from kernels.scan import naive, scan
 from kernels.tuning import checked_length, tune, tune_problems
 
 CPU = torch.device("cpu")
@@ -322,3 +322,35 @@ def test_self_attention_at_another_length_is_the_same_problem_but_decoding_is_no
     assert key(256, 256).family == key(1024, 1024).family
     assert key(1, 256).family == key(1, 250).family != key(1, 1024).family
     assert key(256, 256).family != key(256, 1024).family
+
+
+def test_on_a_gpu_auto_is_triton_with_the_config_on_record(
+    monkeypatch: pytest.MonkeyPatch, store: autotune.Store
+) -> None:
+    triton = pytest.importorskip("kernels.scan.triton")
+    given: list[Any] = []
+
+    def forward(*args: Any, config: Any, **options: Any) -> Any:
+        given.append(config)
+        return naive.forward(*args, **options)
+
+    # the tensors stay on the CPU: the backend may run there under the interpreter, and is not really run
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    monkeypatch.setattr(triton, "forward", forward)
+    a, x = torch.rand(2, 9, 5), torch.rand(2, 9, 5)
+    with autotune.pretend("cpu", "nvidia-h100-80gb-hbm3-sm90"):
+        posed = SCAN.problem_of("forward", (a, x, None, None, False, "auto"))
+        configs = SCAN.backend("triton").configs(posed)
+        scan(a, x)
+        assert given == [configs[0]], "by rule, the last backend with its first config"
+        key = SCAN.key(posed)
+        assert key.device == "nvidia-h100-80gb-hbm3-sm90"
+        for config, median in ((configs[0], 3e-6), (configs[1], 2e-6)):
+            made = {"median_s": median, "spread_s": 1e-8, "source": SCAN.source}
+            store.append(autotune.Record(key, "triton", config, "ok", **made))
+        h, _ = scan(a, x)
+        assert given[1:] == [configs[1]]
+    torch.testing.assert_close(h, naive.forward(a, x, None, None, reverse=False)[0])
+    scan(a, x)
+    assert given[2:] == [configs[0]], "what was measured on one device says nothing about another"
