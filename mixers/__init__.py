@@ -13,14 +13,18 @@ from mixers.lru import LRU
 from mixers.mingru import MinGRU
 from mixers.minlstm import MinLSTM
 from mixers.mixer import SequenceMixer
+from mixers.qrnn import QRNN
 from mixers.registry import build, describe, names, register
 from mixers.rglru import RGLRU
+from mixers.s4d import S4D
 from mixers.stack import Stack
 
 __all__ = [
     "HGRN",
     "LRU",
+    "QRNN",
     "RGLRU",
+    "S4D",
     "Attention",
     "GatedConv",
     "MinGRU",

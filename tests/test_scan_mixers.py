@@ -5,6 +5,7 @@ Each is compared in one call, and in two, where the second continues from the st
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -124,11 +125,74 @@ def test_gated_conv_agrees_with_transformers(bias: bool) -> None:
     torch.testing.assert_close(ours(x[:, 5:6], ours(x[:, :5])[1])[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_qrnn_is_the_papers_equation(window: int, pooling: str) -> None:
+    """The projections as torch's convolution over a padded sequence, then the pooling's loop."""
+    torch.manual_seed(0)
+    layer = mixers.build("qrnn", 4, window=window, pooling=pooling).double()
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    # [out, window, in], the newest input last, as nn.Conv1d's taps are
+    filters = layer.proj.weight.unflatten(1, (window, 4)).transpose(1, 2)
+    padded = nn.functional.pad(x.transpose(1, 2), (window - 1, 0))
+    z, *gates = nn.functional.conv1d(padded, filters, layer.proj.bias).transpose(1, 2).chunk(1 + len(pooling), -1)
+    gate = dict(zip(sorted(pooling, key="foi".index), gates))
+    f = torch.sigmoid(gate["f"])
+    i = torch.sigmoid(gate["i"]) if pooling == "ifo" else 1 - f
+    c, rows = torch.zeros(2, 4, dtype=torch.float64), []
+    for t in range(9):
+        c = f[:, t] * c + i[:, t] * torch.tanh(z[:, t])
+        rows.append(c if pooling == "f" else torch.sigmoid(gate["o"][:, t]) * c)
+    require_same(layer, x, torch.stack(rows, 1))
+
+
+@pytest.mark.parametrize("init", ["lin", "inv"])
+def test_s4d_is_the_convolution_with_its_kernel(init: str) -> None:
+    """The kernel K[t] = 2 Re(Σ C B̄ Ā^t) in complex numbers, and torch's convolution."""
+    torch.manual_seed(0)
+    layer = mixers.build("s4d", 3, states=8, init=init, dt_min=0.01, dt_max=0.5).double()
+    x = torch.randn(2, 12, 3, dtype=torch.float64)
+    A, C = torch.complex(-layer.A_log.exp(), layer.A_imag), torch.view_as_complex(layer.C.detach())
+    steps = torch.exp(layer.log_dt[:, None] + torch.zeros_like(A.real)) * A
+    times = torch.arange(12, dtype=torch.float64)
+    kernel = 2 * torch.einsum("dn,dnt->dt", C * (steps.exp() - 1) / A, (steps[..., None] * times).exp()).real
+    padded = nn.functional.pad(x.transpose(1, 2), (11, 0))
+    filtered = nn.functional.conv1d(padded, kernel.flip(-1)[:, None], groups=3).transpose(1, 2)
+    value, gate = layer.out_proj(nn.functional.gelu(filtered + layer.D * x)).chunk(2, -1)
+    require_same(layer, x, value * torch.sigmoid(gate))
+
+
+def test_s4d_input_weights_do_not_cancel_in_float32() -> None:
+    """B̄ at a small step: (Ā − 1) / A in float32 loses what expm1 keeps."""
+    torch.manual_seed(0)
+    layer = mixers.build("s4d", 4, dt_min=1e-5, dt_max=1e-5)
+    exact = layer.discretised(torch.float64)[1]
+    error = (layer.discretised(torch.float32)[1] - exact).abs().max() / exact.abs().max()
+    A = torch.complex(-layer.A_log.exp(), layer.A_imag)
+    cancelled = torch.view_as_real((torch.exp(1e-5 * A) - 1) / A)
+    assert error < 1e-6
+    assert (cancelled - exact).abs().max() / exact.abs().max() > 1e-4
+
+
+def test_s4d_starts_as_published() -> None:
+    lin, inv = mixers.build("s4d", 2, states=4), mixers.build("s4d", 2, states=4, init="inv")
+    torch.testing.assert_close(lin.A_imag[1], torch.tensor([0.0, math.pi]))
+    torch.testing.assert_close(inv.A_imag[1], torch.tensor([4 / math.pi * 3, 4 / math.pi / 3]))
+    torch.testing.assert_close(lin.A_log.exp(), torch.full((2, 2), 0.5))
+    assert (lin.log_dt.exp() >= 0.001 - 1e-9).all()
+    assert (lin.log_dt.exp() <= 0.1 + 1e-9).all()
+
+
 WRONG: dict[str, tuple[str, Any]] = {
     "candidate": ("candidate is 'tanh', expected one of", lambda: mixers.build("minlstm", 4, candidate="tanh")),
     "forget bias": ("bias=False leaves no bias", lambda: mixers.build("minlstm", 4, bias=False, forget_bias=1.0)),
     "ring": ("r_min is 0.9 and r_max is 0.5", lambda: mixers.build("lru", 4, r_min=0.9, r_max=0.5)),
     "phase": ("max_phase is -1", lambda: mixers.build("lru", 4, max_phase=-1)),
+    "window": ("window is 0", lambda: mixers.build("qrnn", 4, window=0)),
+    "pooling": ("pooling is 'io', expected one of 'f', 'fo', 'ifo'", lambda: mixers.build("qrnn", 4, pooling="io")),
+    "states": ("states is 5, expected an even number", lambda: mixers.build("s4d", 4, states=5)),
+    "init": ("init is 'legs', expected one of 'lin', 'inv'", lambda: mixers.build("s4d", 4, init="legs")),
+    "steps": ("dt_min is 1.0 and dt_max is 0.1", lambda: mixers.build("s4d", 4, dt_min=1.0)),
     "width": ("gated_conv: short_conv is 0", lambda: mixers.build("gated_conv", 4, short_conv=0)),
 }
 
