@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kernels.agreement import Expected, draw, pose
 from kernels.catalogue import OPS
@@ -124,3 +126,30 @@ def test_flops_are_counted(name: str) -> None:
         sum(out.sum() for out in outputs if out.requires_grad).backward()
     assert forward > 0
     assert counter.get_total_flops() > forward
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", OPS)
+def test_first_and_second_gradients_of_the_loop(name: str, packed: bool) -> None:
+    op = OPS[name]
+    sizes = {"B": 1 if packed else 2, "N": 3 if packed else 2, "T": 4, "S": 4, "H": 2, "G": 1, "K": 2, "V": 3, "D": 3}
+    optional = {arg.name: True for arg in op.inputs if arg.optional and arg.role != "index"}
+    accepted = inspect.signature(op.sample).parameters
+    sampled = op.sample(
+        {**sizes, "W": 3, "J": 2},
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+        **{name: True for name in optional if name in accepted},
+    )
+    tensors = [sampled[arg.name] for arg in op.inputs]
+    cu_seqlens = torch.tensor([0, 3, 3, 4]) if packed else None
+    leaves = [t.requires_grad_() for t in tensors if t is not None]
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        queue = list(leaves)
+        given = [None if t is None else queue.pop(0) for t in tensors]
+        outputs = op(*given, cu_seqlens, *op.options.values(), "naive")
+        return tuple(out for out, arg in zip(outputs, op.outputs) if arg.differentiable)
+
+    torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
