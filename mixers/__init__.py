@@ -8,27 +8,35 @@ from __future__ import annotations
 from mixers import models, state
 from mixers.attention import Attention
 from mixers.gated_conv import GatedConv
+from mixers.gla import GLA
 from mixers.hgrn import HGRN
+from mixers.hgrn2 import HGRN2
+from mixers.linear_attention import LinearAttention
 from mixers.lru import LRU
 from mixers.mingru import MinGRU
 from mixers.minlstm import MinLSTM
 from mixers.mixer import SequenceMixer
 from mixers.qrnn import QRNN
 from mixers.registry import build, describe, names, register
+from mixers.retnet import RetNet
 from mixers.rglru import RGLRU
 from mixers.s4d import S4D
 from mixers.stack import Stack
 
 __all__ = [
+    "GLA",
     "HGRN",
+    "HGRN2",
     "LRU",
     "QRNN",
     "RGLRU",
     "S4D",
     "Attention",
     "GatedConv",
+    "LinearAttention",
     "MinGRU",
     "MinLSTM",
+    "RetNet",
     "SequenceMixer",
     "Stack",
     "build",

@@ -1,0 +1,109 @@
+"""HGRN2: HGRN with its state expanded to a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.gla import gla
+from kernels.problem import state_dtype
+from mixers.heads import heads_for, split
+from mixers.mixer import SequenceMixer
+from mixers.parts import norm
+from mixers.registry import register
+
+
+@register
+class HGRN2(SequenceMixer):
+    """Hierarchically gated recurrent network with a matrix state: linear attention, its keys decayed by HGRN's gate.
+
+        f_t = γ + (1 − γ) σ(W_f x_t),   k_t = 1 − f_t,   q_t = SiLU(W_q x_t),   v_t = W_i x_t
+        S_t = diag(f_t) S_{t−1} + k_t v_tᵀ,   o_t = S_tᵀ q_t / √K,   head by head
+        y_t = W_o rms(o_t)
+
+    γ [dim] is the lower bound: a `Stack` gives each of its layers its own, growing with depth. k is computed as
+    (1 − γ) σ(−W_f x) and log f as log(1 − k) where f is above ½, in float32: no cancellation.
+
+    Shapes: x, y [B, T, dim]; state {"S": [B, H, dim / H, dim / H]} in float32 (float64 for float64 x).
+    Cost: 4 dim² multiplications a token and 2 dim² / H for the state, which does not grow with T.
+
+    Args:
+        dim: width of x and y.
+        heads: H; None: dim / 128 (128 is the paper's expansion), or the next smaller number that divides dim.
+        lower_bound: γ: None (0), a number, a tensor [dim], or anything callable that returns one.
+        backend: of the recurrence; see `kernels.gla.gla`.
+
+    Source: Qin et al., "HGRN2: Gated Linear RNNs with State Expansion", arXiv 2404.07904.
+    """
+
+    family = "matrix-state linear RNN"
+    source = "arXiv 2404.07904"
+    ops = ("gla",)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int | None = None,
+        lower_bound: float | Tensor | Callable[[], Tensor] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.dim, self.heads, self.backend = dim, heads_for("hgrn2", heads, 128, dim), backend
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.f_proj = nn.Linear(dim, dim, bias=False)
+        self.i_proj = nn.Linear(dim, dim, bias=False)
+        self.norm = norm("rms", dim)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self._set_lower_bound(lower_bound)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        weight, width = self.f_proj.weight, self.dim // self.heads
+        shape = batch, self.heads, width, width
+        return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        q, v = F.silu(self.q_proj(x)), self.i_proj(x)
+        log_decay, k = self.gates(self.f_proj(x))
+        q, k, v, log_decay = (split(t, self.heads) for t in (q, k.to(v.dtype), v, log_decay))
+        y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
+        return self.o_proj(self.norm(y.flatten(-2))), {"S": S}
+
+    def gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """log f and 1 − f [B, T, dim], in float32 or wider."""
+        f = f.to(state_dtype(f.dtype))
+        bound = self.lower_bound()
+        bound = bound.to(f.dtype) if isinstance(bound, Tensor) else bound
+        decay, rest = bound + (1 - bound) * torch.sigmoid(f), (1 - bound) * torch.sigmoid(-f)
+        # each branch is clamped where the other is taken, or its gradient would not be finite there
+        far = torch.log(decay.clamp_min(torch.finfo(f.dtype).tiny))
+        return torch.where(rest < 0.5, torch.log1p(-rest.clamp_max(0.5)), far), rest
+
+    def lower_bound(self) -> Tensor | float:
+        """γ: a number, or [dim]."""
+        bound = self._lower_bound[0]
+        return bound() if callable(bound) else self.fixed_bound if bound is None else bound
+
+    def _set_lower_bound(self, bound: float | Tensor | Callable[[], Tensor] | None) -> None:
+        if isinstance(bound, Tensor):
+            if bound.shape != (self.dim,):
+                raise ValueError(f"hgrn2: lower_bound has shape {list(bound.shape)}, expected [{self.dim}]")
+            if isinstance(bound, nn.Parameter):
+                self.fixed_bound = bound
+            else:
+                self.register_buffer("fixed_bound", bound.detach().clone())
+            bound = None
+        elif bound is None:
+            bound = 0.0
+        elif isinstance(bound, nn.Module):
+            self.bound = bound
+        elif not callable(bound) and not 0 <= bound < 1:
+            raise ValueError(f"hgrn2: lower_bound is {bound}, expected 0 <= lower_bound < 1")
+        # in a tuple, so that bounds shared between layers belong to the Stack that owns them, not to every layer
+        self._lower_bound = (bound,)
