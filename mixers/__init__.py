@@ -13,6 +13,7 @@ from mixers.hgrn import HGRN
 from mixers.hgrn2 import HGRN2
 from mixers.linear_attention import LinearAttention
 from mixers.lru import LRU
+from mixers.mamba import Mamba
 from mixers.mingru import MinGRU
 from mixers.minlstm import MinLSTM
 from mixers.mixer import SequenceMixer
@@ -34,6 +35,7 @@ __all__ = [
     "Attention",
     "GatedConv",
     "LinearAttention",
+    "Mamba",
     "MinGRU",
     "MinLSTM",
     "RetNet",

@@ -183,6 +183,47 @@ def test_s4d_starts_as_published() -> None:
     assert (lin.log_dt.exp() <= 0.1 + 1e-9).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_mamba_agrees_with_transformers(bias: bool) -> None:
+    modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        hidden_size=6, state_size=5, num_hidden_layers=1, time_step_rank=2, use_bias=bias, use_conv_bias=not bias
+    )
+    torch.manual_seed(0)
+    theirs = modeling.MambaMixer(config, 0).eval()
+    randomise(theirs)
+    ours = mixers.build("mamba", 6, states=5, dt_rank=2, bias=bias, conv_bias=not bias)
+    with torch.no_grad():
+        for name in ("in_proj", "x_proj", "out_proj"):
+            getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+        ours.dt_proj.weight.copy_(theirs.dt_proj.weight)
+        ours.dt_bias.copy_(theirs.dt_proj.bias)
+        ours.conv_weight.copy_(theirs.conv1d.weight.squeeze(1))
+        ours.A_log.copy_(theirs.A_log)
+        ours.D.copy_(theirs.D)
+        if not bias:
+            ours.conv_bias.copy_(theirs.conv1d.bias)
+    x = torch.randn(2, 9, 6)
+    require_same(ours, x, theirs(x), rtol=1e-4, atol=1e-5)
+    cache = transformers.DynamicCache(config=config)
+    theirs(x[:, :5], cache_params=cache)
+    expected = theirs(x[:, 5:6], cache_params=cache)
+    torch.testing.assert_close(ours(x[:, 5:6], ours(x[:, :5])[1])[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mamba_starts_as_published() -> None:
+    torch.manual_seed(0)
+    layer = mixers.build("mamba", 64, states=3)
+    torch.testing.assert_close(layer.A_log.exp()[7], torch.tensor([1.0, 2.0, 3.0]))
+    steps = nn.functional.softplus(layer.dt_bias)
+    assert 0.001 - 1e-6 <= steps.min() < 0.002
+    assert 0.05 < steps.max() <= 0.1 + 1e-6
+    assert layer.dt_rank == 4
+    assert 0.49 < layer.dt_proj.weight.abs().max() <= 0.5
+    assert (layer.D == 1).all()
+
+
 WRONG: dict[str, tuple[str, Any]] = {
     "candidate": ("candidate is 'tanh', expected one of", lambda: mixers.build("minlstm", 4, candidate="tanh")),
     "forget bias": ("bias=False leaves no bias", lambda: mixers.build("minlstm", 4, bias=False, forget_bias=1.0)),
@@ -193,6 +234,8 @@ WRONG: dict[str, tuple[str, Any]] = {
     "states": ("states is 5, expected an even number", lambda: mixers.build("s4d", 4, states=5)),
     "init": ("init is 'legs', expected one of 'lin', 'inv'", lambda: mixers.build("s4d", 4, init="legs")),
     "steps": ("dt_min is 1.0 and dt_max is 0.1", lambda: mixers.build("s4d", 4, dt_min=1.0)),
+    "mamba steps": ("mamba: dt_min is 1.0 and dt_max is 0.1", lambda: mixers.build("mamba", 4, dt_min=1.0)),
+    "mamba width": ("mamba: short_conv is 0", lambda: mixers.build("mamba", 4, short_conv=0)),
     "width": ("gated_conv: short_conv is 0", lambda: mixers.build("gated_conv", 4, short_conv=0)),
 }
 
