@@ -26,6 +26,7 @@ from __future__ import annotations
 from autotune.changes import changed, generation
 from autotune.device import fingerprint, pretend
 from autotune.key import Key, bucket
+from autotune.lock import Lock, lock, use
 from autotune.lookup import Choice, choose, closest, listing, refresh, refused, user_store, using
 from autotune.record import Record
 from autotune.store import Store, cache_folder
@@ -33,6 +34,7 @@ from autotune.store import Store, cache_folder
 __all__ = [
     "Choice",
     "Key",
+    "Lock",
     "Record",
     "Store",
     "bucket",
@@ -43,9 +45,11 @@ __all__ = [
     "fingerprint",
     "generation",
     "listing",
+    "lock",
     "pretend",
     "refresh",
     "refused",
+    "use",
     "user_store",
     "using",
 ]

@@ -101,7 +101,11 @@ def _verdict(
 def _origin(op: Op, problem: Problem, plan: Plan, choice: autotune.Choice | None) -> str:
     if plan.origin == "named" or plan.backend is not op.choose(problem).backend:
         return f"by name: backend={plan.backend.name!r} was asked for"
+    if plan.origin.startswith("locked"):
+        return plan.origin
     if plan.origin == "rule":
+        if autotune.lock() is not None:
+            return "by rule, because the lock in use is silent about it: the last listed backend that can run it"
         if torch.are_deterministic_algorithms_enabled():
             return "by rule, because torch.use_deterministic_algorithms is on: the last listed backend that can run it"
         origin = "by rule, for nothing was measured: the last listed backend that can run it"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import autotune
+from autotune.lock import Locked
 from kernels import registration
 from kernels.problem import Arg, Problem, check, check_cu_seqlens, size_of, state_dtype
 
@@ -171,12 +172,12 @@ class Op:
     def choose(self, problem: Problem, name: str = "auto") -> Plan:
         """The plan for a problem: the named backend or nothing; for "auto" the tables' choice, else the rule.
 
-        The rule, used where nothing was measured and under torch.use_deterministic_algorithms(True): the last
-        listed backend that can run the problem, with its default config.
+        The rule, used where nothing was measured, under torch.use_deterministic_algorithms(True), and where a lock
+        (`autotune.use`) is silent: the last listed backend that can run the problem, with its default config.
 
         Raises:
             ValueError: there is no backend of that name.
-            RuntimeError: the named backend (or none at all) can run the problem; every reason is given.
+            RuntimeError: the named or locked backend (or none at all) can run the problem; every reason is given.
         """
         if name != "auto":
             backend = self.backend(name)
@@ -185,11 +186,15 @@ class Op:
                 raise RuntimeError(
                     f"{self.name}: backend {name!r} cannot run this problem: {'; '.join(reasons)} ({problem})"
                 )
-        by_rule = torch.are_deterministic_algorithms_enabled()
+        lock = autotune.lock() if name == "auto" else None
+        by_rule = torch.are_deterministic_algorithms_enabled() or lock is not None
         candidates = [c for c in self.candidates(problem) if name in ("auto", c[0].name)]
         if not candidates:
             why = "; ".join(f"{b.name}: {', '.join(b.cannot(problem))}" for b in self.backends)
             raise RuntimeError(f"{self.name}: no backend can run {problem}: {why}")
+        locked = lock.find(self.key(problem)) if lock else None
+        if locked:
+            return self._locked(problem, locked, candidates)
         if name == "auto":
             wrong = [(record.backend, record.config) for record in autotune.refused(self.key(problem), self.source)]
             candidates = [c for c in candidates if (c[0].name, c[1]) not in wrong] or candidates
@@ -201,6 +206,15 @@ class Op:
         last = candidates[-1][0]
         config = next(config for backend, config in candidates if backend is last)
         return Plan(last, config, "named" if name != "auto" else "rule")
+
+    def _locked(self, problem: Problem, locked: Locked, candidates: Sequence[tuple[Backend, Config]]) -> Plan:
+        for backend, config in candidates:
+            if (backend.name, dict(config)) == (locked.backend, dict(locked.config)):
+                return Plan(backend, config, f"locked by {locked.path}")
+        backend = next((b for b in self.backends if b.name == locked.backend), None)
+        reasons = ["there is no such backend"] if backend is None else backend.cannot(problem)
+        why = "; ".join(reasons) or f"it has no such config any more ({dict(locked.config)})"
+        raise RuntimeError(f"{self.name}: {locked.path} locks backend {locked.backend!r}, which cannot run: {why}")
 
     def run_forward(self, *args: Any) -> tuple[Tensor, ...]:
         """The operator's kernel: looks the plan up (and checks the tensors where it is new) and runs it."""

@@ -89,8 +89,12 @@ def test_explain_shows_every_candidate_of_both_directions() -> None:
     assert "backward" not in run("explain", "hgrn", *SMALL, "--no-backward")
 
 
-def test_tune_then_explain_goes_by_what_was_measured(table: autotune.Store) -> None:
-    printed = run("tune", "mingru", *SMALL, "--length", "2", "--seconds", "4")
+def test_tune_then_explain_goes_by_what_was_measured(table: autotune.Store, tmp_path: Path) -> None:
+    lock = tmp_path / "tuned.json"
+    printed = run("tune", "mingru", *SMALL, "--length", "2", "--seconds", "4", "--lock", str(lock))
+    assert len(autotune.Lock.read(lock).entries) == 4
+    with autotune.use(lock):
+        assert "decided locked by" in run("explain", "mingru", *SMALL)
     records = table.read()
     assert {record.key.length for record in records} == {32, 2}
     assert {record.key.direction for record in records} == {"forward", "backward"}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.agreement import Expected, draw, pose
+from kernels.agreement import Expected, draw, errors, pose
 from kernels.catalogue import OPS
 from kernels.op import Op
 
@@ -153,3 +153,17 @@ def test_first_and_second_gradients_of_the_loop(name: str, packed: bool) -> None
 
     torch.autograd.gradcheck(function, leaves, fast_mode=True)
     torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", OPS)
+def test_the_loop_rounds_only_what_it_writes(name: str, direction: str) -> None:
+    """States and sums are at least float32 where sequences are bfloat16: others may err as the loop does."""
+    op = OPS[name]
+    sizes = {"B": 2, "N": 2, "T": 150, "S": 150, "H": 2, "G": 1, "K": 8, "V": 5, "D": 6, "W": 4, "J": 8}
+    inputs = draw(op, pose(op, direction, sizes, dtype=torch.bfloat16, device=CPU))
+    for arg, own, exact in zip(inputs.results, inputs.loop(), inputs.to(torch.float64).loop()):
+        if own is not None and exact is not None:
+            worst, scale = errors(own, exact)[0], exact.abs().max().item()
+            rounding = 0.51 * torch.finfo(own.dtype).eps if own.dtype == torch.bfloat16 else 0.0
+            assert worst <= (rounding + 1e-5) * scale, f"{arg.name} is off by {worst:.3g} of {scale:.3g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,9 @@ def tune(
     seconds: Annotated[float, typer.Option(min=0.1, help="About how long it may take.")] = 60.0,
     backward: Backward = True,
     retime: Annotated[bool, typer.Option("--retime", help="Measure again what is on record.")] = False,
+    lock: Annotated[
+        Path | None, typer.Option(help="Write what was chosen to this file, for `autotune.use`.", show_default=False)
+    ] = None,
     option: Options = None,
 ) -> None:
     """Tunes the kernels of a mixer on this machine: checks every candidate, times the right ones, keeps the records.
@@ -54,6 +58,11 @@ def tune(
         )
     report(console, [explained(OPS[problem.op], problem) for problem in met])
     _tell(console, [record for records in made.values() for record in records], where=autotune.fingerprint(where))
+    if lock is not None:
+        plans = {OPS[problem.op].key(problem): OPS[problem.op].choose(problem) for problem in met}
+        with mistakes():
+            autotune.Lock(lock, {key: (plan.backend.name, plan.config) for key, plan in plans.items()}).write()
+        console.print(Text(f"{len(plans)} choices locked in {lock}", "dim"))
     console.print(
         Text(f"all candidates: {common.command('explain', name, dim, length[0], batch, dtype, option)}", "dim")
     )
