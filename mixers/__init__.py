@@ -14,6 +14,7 @@ from mixers.hgrn2 import HGRN2
 from mixers.linear_attention import LinearAttention
 from mixers.lru import LRU
 from mixers.mamba import Mamba
+from mixers.mamba2 import Mamba2
 from mixers.mingru import MinGRU
 from mixers.minlstm import MinLSTM
 from mixers.mixer import SequenceMixer
@@ -21,6 +22,7 @@ from mixers.qrnn import QRNN
 from mixers.registry import build, describe, names, register
 from mixers.retnet import RetNet
 from mixers.rglru import RGLRU
+from mixers.rwkv6 import RWKV6
 from mixers.s4d import S4D
 from mixers.stack import Stack
 
@@ -31,11 +33,13 @@ __all__ = [
     "LRU",
     "QRNN",
     "RGLRU",
+    "RWKV6",
     "S4D",
     "Attention",
     "GatedConv",
     "LinearAttention",
     "Mamba",
+    "Mamba2",
     "MinGRU",
     "MinLSTM",
     "RetNet",

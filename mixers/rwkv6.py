@@ -1,0 +1,113 @@
+"""RWKV-6 (Finch): token shift, a decay for every key, and a bonus for the current token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.gla import gla
+from kernels.problem import state_dtype
+from mixers.heads import GatedNorm, heads_for, previous, split
+from mixers.mixer import SequenceMixer, _activation_dtype
+from mixers.registry import register
+
+# The inputs that are mixed with the token before, each with shares of its own
+INPUTS = ("w", "k", "v", "r", "g")
+
+
+@register
+class RWKV6(SequenceMixer):
+    """RWKV-6 time mixing: a matrix state whose decays, and shares of the previous token, depend on the data.
+
+        δ_t = x_{t−1} − x_t,   s = tanh((x_t + δ_t ⊙ μ) A) as five rows of `rank`
+        x^j_t = x_t + δ_t ⊙ (μ_j + s_j B_j),   j = w, k, v, r, g
+        r_t = W_r x^r_t,   k_t = W_k x^k_t,   v_t = W_v x^v_t,   log w_t = −exp(ω + tanh(x^w_t C) D)
+        o_t = (S_{t−1} + diag(u) k_t v_tᵀ)ᵀ r_t,   S_t = diag(w_t) S_{t−1} + k_t v_tᵀ,   head by head
+        y_t = W_o (norm(o_t) ⊙ SiLU(W_g x^g_t))
+
+    norm is a layer norm of each head (a group norm). Decays and bonus are computed in float32.
+
+    Shapes: x, y [B, T, dim]; state {"S": [B, H, dim / H, dim / H] in float32 (float64 for float64 x), "last":
+    [B, 1, dim], the last token}.
+    Cost: 5 dim² + (10 rank + 2 decay_rank) dim multiplications a token and 2 dim² / H for the state.
+
+    Args:
+        dim: width of x and y.
+        heads: H; None: dim / 64, or the next smaller number that divides dim.
+        rank: rank of the data-dependent shares A, B.
+        decay_rank: rank of the data-dependent decay C, D.
+        depth: 0 for a network's first layer to 1 for its last: what the published initialisation depends on.
+        backend: of the recurrence; see `kernels.gla.gla`.
+
+    Source: Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", arXiv 2404.05892;
+    initialised as its code, but A and C at 1e-4, not at 0, where B and D would learn nothing in the first step.
+    """
+
+    family = "matrix-state linear RNN"
+    source = "arXiv 2404.05892"
+    ops = ("gla",)
+    # exp(-exp(8)) is 0 in every dtype; beyond, its gradient would be 0 times infinity
+    MOST = 8.0
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int | None = None,
+        rank: int = 32,
+        decay_rank: int = 64,
+        depth: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not 0 <= depth <= 1:
+            raise ValueError(f"rwkv6: depth is {depth}, expected 0 (first layer) to 1 (last layer)")
+        self.dim, self.heads, self.rank, self.backend = dim, heads_for("rwkv6", heads, 64, dim), rank, backend
+        place, last = torch.arange(dim) / dim, torch.arange(dim) / max(dim - 1, 1)
+        even, uneven = 1 - place ** (1 - depth), 1 - place ** (0.5 * (1 - depth))
+        self.mu = nn.Parameter(even)
+        self.mu_inputs = nn.Parameter(torch.stack((even, even, even - 0.3 * depth, uneven, uneven)))
+        self.mu_down = nn.Parameter(torch.empty(dim, len(INPUTS) * rank).uniform_(-1e-4, 1e-4))
+        self.mu_up = nn.Parameter(torch.empty(len(INPUTS), rank, dim).uniform_(-0.01, 0.01))
+        self.decay = nn.Parameter(-6 + 5 * last ** (0.7 + 1.3 * depth))
+        self.decay_down = nn.Parameter(torch.empty(dim, decay_rank).uniform_(-1e-4, 1e-4))
+        self.decay_up = nn.Parameter(torch.empty(decay_rank, dim).uniform_(-0.01, 0.01))
+        zigzag = 0.1 * ((torch.arange(dim) + 1) % 3 - 1)
+        self.bonus = nn.Parameter((depth * (1 - last) + zigzag).view(self.heads, -1))
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.r_proj = nn.Linear(dim, dim, bias=False)
+        self.g_proj = nn.Linear(dim, dim, bias=False)
+        self.norm = GatedNorm(dim // self.heads, heads=self.heads, bias=True, center=True, eps=64e-5)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        weight, width = self.o_proj.weight, self.dim // self.heads
+        device, dtype = device or weight.device, dtype or weight.dtype
+        S = torch.zeros(batch, self.heads, width, width, device=device, dtype=state_dtype(dtype))
+        return {"S": S, "last": torch.zeros(batch, 1, self.dim, device=device, dtype=dtype)}
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        wide = state_dtype(x.dtype)
+        x = x.to(_activation_dtype(x))
+        before, last = previous(x, state["last"], cu_seqlens)
+        w, k, v, r, g = self.shifted(x, before - x)
+        decay = self.decay.to(wide) + (torch.tanh(w @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)).to(wide)
+        log_decay = split(-decay.clamp_max(self.MOST).exp(), self.heads)
+        k, v, r = (split(t, self.heads) for t in (self.k_proj(k), self.v_proj(v), self.r_proj(r)))
+        y, S = gla(
+            r, k, v, log_decay, state["S"],
+            bonus=self.bonus.to(wide), scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        return self.o_proj(self.norm(y, self.g_proj(g))), {"S": S, "last": last}
+
+    def shifted(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        """x plus shares of delta, one [B, T, dim] for each of INPUTS."""
+        down = torch.tanh((x + delta * self.mu.to(x.dtype)) @ self.mu_down.to(x.dtype))
+        shares = torch.einsum("btjr,jrd->jbtd", split(down, len(INPUTS)), self.mu_up.to(x.dtype))
+        mixed = x + delta * (self.mu_inputs.to(x.dtype)[:, None, None] + shares)
+        return mixed.unbind(0)
