@@ -18,6 +18,7 @@ from mixers.mamba2 import Mamba2
 from mixers.mingru import MinGRU
 from mixers.minlstm import MinLSTM
 from mixers.mixer import SequenceMixer
+from mixers.mlstm import MLSTM
 from mixers.qrnn import QRNN
 from mixers.registry import build, describe, names, register
 from mixers.retnet import RetNet
@@ -31,6 +32,7 @@ __all__ = [
     "HGRN",
     "HGRN2",
     "LRU",
+    "MLSTM",
     "QRNN",
     "RGLRU",
     "RWKV6",
