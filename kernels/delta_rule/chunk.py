@@ -1,0 +1,129 @@
+"""The delta rule and its generalisation in chunks of rows: matrix products inside a chunk, a loop over chunks.
+
+    u[t] = w[t] − S[t-1 or t]ᵀ a[t],   S[t] = diag(d[t]) S[t-1] + b[t] u[t]ᵀ (+ k[t] v[t]ᵀ),   y[t] = S[t]ᵀ q[t]
+
+where a[t] reads the state after the decay of its own row, or with `before` before it. The delta rule is a = β k, b = k,
+w = β v. With the products of rows inside a chunk (`decays`), A those of a and b below the diagonal, M those of q and b,
+
+    (I + A) u = w − ã S₀,   y = q̃ S₀ + M u,   S = c S₀ + b̃ᵀ u
+
+for the state S₀ that enters the chunk, the rows ã, q̃ that read it, the rows b̃ that reach the state that leaves, and
+what is left c. docs/derivations/delta_rule.md has the steps, and the gradient's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.delta_rule.decays import decays, inverse
+
+
+def left(state: Tensor, total: Tensor | None) -> Tensor:
+    return state if total is None else state * total
+
+
+class Segment:
+    """A few chunks of M sequences and heads, one chunk after the other in [G, C, ...], G = n M.
+
+    q, a, b [G, C, K]; w [G, C, V], or None for zeros; g [G, C, J]; k, v: the second thing that is written, if any.
+    """
+
+    def __init__(
+        self,
+        sequences: int,
+        q: Tensor,
+        a: Tensor,
+        b: Tensor,
+        w: Tensor | None,
+        g: Tensor | None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        before: bool = False,
+    ) -> None:
+        self.M, self.n, self.before = sequences, len(q) // sequences, before
+        self.q, self.a, self.b, self.k, self.v = q, a, b, k, v
+        self.decay = decay = decays(g, q)
+        self.A = decay.products(a, b, before, -1)
+        self.T = inverse(self.A)
+        self.reads, self.writes = decay.read(a, before), decay.write(b)
+        if k is not None and v is not None:
+            self.B, self.second = decay.products(a, k, before, -1), decay.write(k)
+            w = torch.bmm(self.B, v).neg_()
+        self.w = w
+
+    def each(self, x: Tensor) -> Sequence[Tensor]:
+        """[G, ...] as n times [M, ...]."""
+        return x.view(self.n, self.M, *x.shape[1:]).unbind()
+
+    def run(self, state: Tensor) -> Tensor:
+        """The state [M, K, V] after the last chunk; what enters each chunk and u are kept."""
+        assert self.w is not None
+        writes, entering, us = self.writes.transpose(1, 2), [], []
+        totals = [None] * self.n if self.decay.total is None else self.each(self.decay.total)
+        added = None
+        if self.k is not None and self.v is not None:
+            added = self.each(torch.bmm(self.second.transpose(1, 2), self.v))
+        for i, (w, reads, T, write) in enumerate(zip(*map(self.each, (self.w, self.reads, self.T, writes)))):
+            u = torch.bmm(T, torch.baddbmm(w, reads, state, alpha=-1))
+            entering.append(state)
+            us.append(u)
+            kept = left(state, totals[i])
+            state = torch.baddbmm(kept if added is None else kept + added[i], write, u)
+        self.entering, self.u = torch.cat(entering), torch.cat(us)
+        return state
+
+    def outputs(self) -> Tensor:
+        """y [G, C, V]"""
+        y = torch.bmm(self.decay.read(self.q), self.entering).baddbmm_(self.decay.products(self.q, self.b), self.u)
+        if self.k is not None and self.v is not None:
+            y.baddbmm_(self.decay.products(self.q, self.k), self.v)
+        return y
+
+    def backward(self, dy: Tensor, dstate: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """From the gradients of y and of the leaving state: that of the entering state, and those of all rows."""
+        decay, reads_q, u, before = self.decay, self.decay.read(self.q), self.u, self.before
+        M = decay.products(self.q, self.b)
+        dq = decay.read_backward(torch.bmm(dy, self.entering.transpose(1, 2)), self.q)
+        more, db = decay.products_backward(torch.bmm(dy, u.transpose(1, 2)), M, self.q, self.b)
+        dq += more
+        du_inside, dentering = torch.bmm(M.transpose(1, 2), dy), torch.bmm(reads_q.transpose(1, 2), dy)
+        totals = [None] * self.n if decay.total is None else self.each(decay.total)
+        leaving, dws = [], []
+        steps = zip(*map(self.each, (du_inside, dentering, self.writes, self.T.transpose(1, 2))))
+        reads = self.each(self.reads.transpose(1, 2))
+        for i, (du, dinside, write, T) in reversed(list(enumerate(steps))):
+            leaving.append(dstate)
+            dw = torch.bmm(T, torch.baddbmm(du, write, dstate))
+            dstate = torch.baddbmm(dinside + left(dstate, totals[i]), reads[i], dw, alpha=-1)
+            dws.append(dw)
+        dleaving, dw = torch.cat(leaving[::-1]), torch.cat(dws[::-1])
+        decay.keep_backward(dleaving, self.entering)
+        db += decay.write_backward(torch.bmm(u, dleaving.transpose(1, 2)), self.b)
+        da = decay.read_backward(torch.bmm(dw, self.entering.transpose(1, 2)).neg_(), self.a, before)
+        dA = torch.bmm(dw, u.transpose(1, 2)).neg_()
+        for total, found in zip((da, db), decay.products_backward(dA, self.A, self.a, self.b, before, -1)):
+            total += found
+        gradients = {"q": dq, "a": da, "b": db, "w": dw}
+        if self.k is not None and self.v is not None:
+            gradients |= self._second_backward(dy, dw, dleaving, dq, da)
+        return dstate, {**gradients, "g": decay.gradient()}
+
+    def _second_backward(self, dy: Tensor, dw: Tensor, dleaving: Tensor, dq: Tensor, da: Tensor) -> dict[str, Any]:
+        """Gradients of k and v; dq and da get their share."""
+        assert self.k is not None
+        assert self.v is not None
+        decay, q, k, v = self.decay, self.q, self.k, self.v
+        N, vT = decay.products(q, k), v.transpose(1, 2)
+        dv = torch.bmm(N.transpose(1, 2), dy).baddbmm_(self.second, dleaving)
+        dv.baddbmm_(self.B.transpose(1, 2), dw, alpha=-1)
+        dk = decay.write_backward(torch.bmm(v, dleaving.transpose(1, 2)), k)
+        for total, found in zip((dq, dk), decay.products_backward(torch.bmm(dy, vT), N, q, k)):
+            total += found
+        dB = torch.bmm(dw, vT).neg_()
+        for total, found in zip((da, dk), decay.products_backward(dB, self.B, self.a, k, self.before, -1)):
+            total += found
+        return {"k": dk, "v": dv}
