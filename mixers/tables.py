@@ -1,19 +1,22 @@
-"""Speed tables: pytest-benchmark's JSON in, one Markdown page and one CSV file a device out, and an index.
+"""Speed tables: pytest-benchmark's JSON in, a CSV file, a Markdown page and pictures a device out, and an index.
 
 A row is one benchmark of `benchmarks/`, which describes itself in `extra_info`. The CSV holds every row with its
-device, versions, date and command; the page shows the same numbers.
+device, versions, date and command; everything else is made from it, and `check` makes it again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from autotune.lookup import MARGIN
 from kernels.catalogue import OPS
+from mixers import plots
 from mixers.units import seconds
 
 # What one measurement is of; of several files the last one's row counts.
@@ -36,7 +39,8 @@ def newest(folder: Path) -> Path:
 
 
 def write(files: Iterable[Path], out: Path) -> list[Path]:
-    """Writes <out>/<device>.csv and .md for every device in the files, and <out>/index.md; returns the paths.
+    """Writes <out>/<device>.csv, .md and pictures for every device in the files, and <out>/README.md, the index of all
+    pages in the folder; returns the paths.
 
     Raises:
         ValueError: a file holds no benchmark results of this project.
@@ -46,18 +50,93 @@ def write(files: Iterable[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for device, part in rows.groupby("device"):
-        part = part.sort_values(IDENTITY, kind="stable")
         csv = out / f"{device}.csv"
-        part.to_csv(csv, index=False, lineterminator="\n")
-        page = out / f"{device}.md"
-        # what is read back is what is on the disk, so that the page can be made again from the CSV alone
-        page.write_text(
-            markdown(str(device), pd.read_csv(csv, keep_default_na=False, na_values=[""])), encoding="utf-8"
-        )
-        written += [csv, page]
-    pages = sorted(out.glob("*.csv"))
-    (out / "index.md").write_text(_index(pages), encoding="utf-8")
-    return [*written, out / "index.md"]
+        csv.write_text(_csv(part), encoding="utf-8")
+        written.append(csv)
+    for name, content in generated(out).items():
+        (out / name).write_bytes(content)
+        written.append(out / name)
+    return written
+
+
+def generated(out: Path) -> dict[str, bytes]:
+    """Everything that is made from the CSV files in a folder, by file name."""
+    found, csvs = {}, sorted(out.glob("*.csv"))
+    for csv in csvs:
+        rows = pd.read_csv(csv, keep_default_na=False, na_values=[""])
+        pictures = _pictures(csv.stem, rows)
+        found.update(pictures)
+        found[f"{csv.stem}.md"] = markdown(csv.stem, rows, sorted(pictures)).encode()
+    found["README.md"] = _index(csvs).encode()
+    return found
+
+
+def check(out: Path) -> list[str]:
+    """What differs between the pages in a folder and what their CSV files give now; PNG files are not compared.
+
+    Raises:
+        FileNotFoundError: there is no CSV file.
+    """
+    if not list(out.glob("*.csv")):
+        raise FileNotFoundError(f"no speed tables in {out}; make some with: mixers tables")
+    wrong = []
+    for name, content in generated(out).items():
+        path = out / name
+        if not path.exists():
+            wrong.append(f"{name} is missing")
+        elif path.suffix != ".png" and path.read_bytes() != content:
+            wrong.append(f"{name} is not what {'the CSV files give' if name == 'README.md' else 'its CSV file gives'}")
+    return wrong
+
+
+@dataclass(frozen=True)
+class Change:
+    """One measurement in two runs: medians in seconds. verdict: "slower", "faster" or "same"."""
+
+    what: str
+    old: float
+    new: float
+    verdict: str
+
+    @property
+    def ratio(self) -> float:
+        return self.new / self.old
+
+
+def compare(old: Path, new: Path) -> list[Change]:
+    """What two files have in common, the largest slow-down first.
+
+    Raises:
+        ValueError: they hold no results, or none of the same measurement on the same device.
+    """
+    before, after = (read(file).fillna("").drop_duplicates(IDENTITY, keep="last") for file in (old, new))
+    both = before.merge(after, on=IDENTITY, suffixes=("_old", "_new"))
+    if both.empty:
+        raise ValueError(f"{old} and {new} have no measurement in common")
+    changes = []
+    for _, row in both.iterrows():
+        gap = row["median_s_new"] - row["median_s_old"]
+        noise = max(row["iqr_s_old"], row["iqr_s_new"], MARGIN * row["median_s_old"])
+        verdict = "same" if abs(gap) <= noise else "slower" if gap > 0 else "faster"
+        what = " ".join(str(row[name]) for name in IDENTITY[2:] if str(row[name]))
+        changes.append(Change(what, row["median_s_old"], row["median_s_new"], verdict))
+    return sorted(changes, key=lambda change: -change.ratio)
+
+
+def _csv(rows: pd.DataFrame) -> str:
+    return rows.sort_values(IDENTITY, kind="stable").to_csv(index=False, lineterminator="\n")
+
+
+def _pictures(device: str, rows: pd.DataFrame) -> dict[str, bytes]:
+    """Layers over lengths, one picture a direction and dtype that has more than one length."""
+    found = {}
+    layers = rows[rows["kind"] == "mixer"]
+    for (direction, dtype), part in _grouped(layers, ["direction", "dtype"]):
+        if part["length"].nunique() > 1:
+            stem = f"{device}-{direction.replace('+', '-')}-{dtype}"
+            made = plots.layers(part, f"{direction}, {dtype}, {part['sizes'].iloc[0]}")
+            found.update({f"{stem}.{suffix}": content for suffix, content in made.items()})
+    return found
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -90,7 +169,7 @@ def _row(benchmark: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def markdown(device: str, rows: pd.DataFrame) -> str:
+def markdown(device: str, rows: pd.DataFrame, pictures: Sequence[str] = ()) -> str:
     """The page of one device."""
     parts = [f"# Speed on {device}", _preface(rows)]
     ops, layers = rows[rows["kind"] == "op"], rows[rows["kind"] == "mixer"]
@@ -111,6 +190,7 @@ def markdown(device: str, rows: pd.DataFrame) -> str:
     for (direction, dtype), part in _grouped(layers, ["direction", "dtype"]):
         for sizes, same in _grouped(part, ["sizes"]):
             parts.append(f"### {direction}, {dtype}, {sizes[0]}\n\n{_table(same, 'name', _tokens)}")
+    parts += [f"![time against length]({name})" for name in pictures if name.endswith(".svg")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -175,15 +255,11 @@ def _grouped(rows: pd.DataFrame, columns: Sequence[str]) -> list[tuple[tuple[str
 
 
 def _index(files: Sequence[Path]) -> str:
-    lines = [
-        "# Speed",
-        "",
-        "One page a device, each made by running the benchmarks on it. No figure here was typed in.",
-        "",
-    ]
-    found = []
+    parts = ["# Speed", "One page a device, each made by running the benchmarks on it. No figure here was typed in."]
+    found, answers = [], []
     for file in files:
         rows = pd.read_csv(file, keep_default_na=False)
+        answers += _answers(file.stem, rows)
         found.append(
             {
                 "device": f"[{file.stem}]({file.stem}.md)",
@@ -194,4 +270,22 @@ def _index(files: Sequence[Path]) -> str:
                 "date": max(map(str, rows["date"])),
             }
         )
-    return "\n".join([*lines, pd.DataFrame(found).to_markdown(index=False, disable_numparse=True), ""])
+    parts.append(pd.DataFrame(found).to_markdown(index=False, disable_numparse=True))
+    return "\n\n".join([*parts, *answers]) + "\n"
+
+
+def _answers(device: str, rows: pd.DataFrame) -> list[str]:
+    """Which layer is the fastest at which length, and how many times as fast as attention."""
+    parts = []
+    for (dtype,), part in _grouped(rows[rows["kind"] == "mixer"], ["dtype"]):
+        table: dict[str, dict[int, str]] = {}
+        for (direction,), same in _grouped(part, ["direction"]):
+            yardstick = same[same["name"] == plots.YARDSTICK].set_index("length")["median_s"]
+            for length, at in same.groupby("length"):
+                best = at.loc[at["median_s"].idxmin()]
+                faster = f", attention × {yardstick[length] / best['median_s']:.1f}" if length in yardstick else ""
+                table.setdefault(direction, {})[int(length)] = f"{best['name']}{faster}"
+        made = pd.DataFrame(table).sort_index().fillna("—").rename_axis(index="T")
+        parts.append(f"## The fastest layer on {device}, {dtype}, {part['sizes'].iloc[0]}")
+        parts.append(made.to_markdown(disable_numparse=True))
+    return parts

@@ -21,7 +21,7 @@ import mixers
 from kernels.catalogue import OPS
 from kernels.scan import OP as SCAN
 from kernels.scan import compiled
-from mixers import tables, units
+from mixers import plots, tables, units
 from mixers.commands import app, doctor
 from mixers.commands.catalogue import Document
 
@@ -267,7 +267,7 @@ def benchmark_json(path: Path, seconds: float = 1e-3) -> Path:
 def test_tables_make_a_page_a_device_and_an_index(tmp_path: Path) -> None:
     out = tmp_path / "speed"
     printed = run("tables", "--json", str(benchmark_json(tmp_path / "a.json")), "--out", str(out))
-    assert all(name in printed for name in ("toy-device.csv", "toy-device.md", "index.md"))
+    assert all(name in printed for name in ("toy-device.csv", "toy-device.md", "README.md"))
     page = (out / "toy-device.md").read_text(encoding="utf-8")
     # simplest first, the chosen one in bold, 10 MB in 1 ms
     assert re.search(r"\| +T \| +naive \| +native \|", page)
@@ -275,12 +275,70 @@ def test_tables_make_a_page_a_device_and_an_index(tmp_path: Path) -> None:
     assert "**3.00 ms ± 50 µs (171 k tokens/s)**" in page
     for fact in ("device: toy-device, 2 threads", "torch 2.13.0", "date: 2026-01-02", "`python -m pytest benchmarks`"):
         assert fact in page
-    assert "[toy-device](toy-device.md)" in (out / "index.md").read_text(encoding="utf-8")
+    assert "[toy-device](toy-device.md)" in (out / "README.md").read_text(encoding="utf-8")
     # every row says with what, when and how it was made, and the page follows from the rows
     rows = pd.read_csv(out / "toy-device.csv", keep_default_na=False, na_values=[""])
     assert len(rows) == 4
     assert not rows[["device", "torch", "date", "command", "test", "median_s", "iqr_s"]].isna().to_numpy().any()
     assert tables.markdown("toy-device", rows) == page
+
+
+def long_run(path: Path, factor: float = 1.0) -> Path:
+    """Layers at two lengths: hgrn slower than attention at the first and faster at the second."""
+    data = json.loads(benchmark_json(path).read_text())
+    rows = data["benchmarks"][2:]
+    for row, name, length, median in zip(
+        rows * 2, ("hgrn", "attention") * 2, (512, 512, 2048, 2048), (2e-3, 1e-3, 4e-3, 16e-3)
+    ):
+        info = {**row["extra_info"], "name": name, "length": length}
+        data["benchmarks"].append(
+            {**row, "extra_info": info, "stats": {"median": factor * median, "iqr": 1e-5, "rounds": 9}}
+        )
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+def test_pages_have_pictures_and_an_answer_and_can_be_checked(tmp_path: Path) -> None:
+    out = tmp_path / "speed"
+    run("tables", "--json", str(long_run(tmp_path / "a.json")), "--out", str(out))
+    picture = (out / "toy-device-forward-float32.svg").read_text()
+    assert all(text in picture for text in ("hgrn", "attention", "tokens T"))
+    assert "![time against length](toy-device-forward-float32.svg)" in (out / "toy-device.md").read_text()
+    assert re.search(r"2048 \| hgrn, attention × 4\.0", (out / "README.md").read_text())
+    # half of the factor of 8 in the ratio lies before the crossover, on a logarithmic scale a third
+    rows = pd.read_csv(out / "toy-device.csv")
+    known = {str(name): part for name, part in rows[rows["kind"] == "mixer"].groupby("name")}
+    assert plots.crossovers(known) == {"hgrn": pytest.approx(512 * 4 ** (1 / 3))}
+    assert "every page is what its rows give" in run("tables", "--check", "--out", str(out))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    run("tables", "--json", str(tmp_path / "a.json"), "--out", str(out))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before, "the same bytes again"
+
+
+@pytest.mark.parametrize("name", ["toy-device.md", "toy-device-forward-float32.svg", "README.md", "toy-device.csv"])
+def test_a_page_that_was_edited_is_found(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "speed"
+    run("tables", "--json", str(long_run(tmp_path / "a.json")), "--out", str(out))
+    text = (out / name).read_text()
+    (out / name).write_text(text.replace("0.016", "0.015") if name.endswith("csv") else text.replace("hgrn", "hgnr"))
+    assert "not what" in run("tables", "--check", "--out", str(out), code=1)
+
+
+def test_compare_says_what_got_slower_and_what_is_noise(tmp_path: Path) -> None:
+    old, new = long_run(tmp_path / "old.json"), long_run(tmp_path / "new.json")
+    assert "0 slower, 0 faster" in run("compare", str(old), str(new))
+    data = json.loads(new.read_text())
+    # the last two rows: 50 % slower, and faster by less than the spread
+    data["benchmarks"][-1]["stats"]["median"] *= 1.5
+    data["benchmarks"][-2]["stats"].update(median=3e-3, iqr=2e-3)
+    new.write_text(json.dumps(data))
+    printed = run("compare", str(old), str(new), code=1)
+    assert "attention dim=512 B=1 forward float32 2048 16.0 ms 24.0 ms 1.50 slower" in printed
+    assert "1 slower, 0 faster" in printed
+    assert "hgrn dim=512 B=1 forward float32 2048 4.00 ms 3.00 ms 0.75 same" in run(
+        "compare", str(old), str(new), "--all", code=1
+    )
+    assert "which is no file" in run("compare", str(old), str(tmp_path / "none.json"), code=2)
 
 
 def test_of_several_files_the_last_counts(tmp_path: Path) -> None:
