@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from mixers import models, state
 from mixers.attention import Attention
+from mixers.based import Based
 from mixers.gated_conv import GatedConv
 from mixers.gla import GLA
+from mixers.gsa import GSA
 from mixers.hgrn import HGRN
 from mixers.hgrn2 import HGRN2
 from mixers.linear_attention import LinearAttention
@@ -29,6 +31,7 @@ from mixers.stack import Stack
 
 __all__ = [
     "GLA",
+    "GSA",
     "HGRN",
     "HGRN2",
     "LRU",
@@ -38,6 +41,7 @@ __all__ = [
     "RWKV6",
     "S4D",
     "Attention",
+    "Based",
     "GatedConv",
     "LinearAttention",
     "Mamba",

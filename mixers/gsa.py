@@ -1,0 +1,98 @@
+"""GSA: gated slot attention, a softmax over a memory of fixed size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.gla import gla
+from kernels.problem import state_dtype
+from mixers.heads import heads_for, split
+from mixers.mixer import SequenceMixer
+from mixers.parts import norm
+from mixers.registry import register
+
+
+@register
+class GSA(SequenceMixer):
+    """Gated slot attention: keys and values are written into M slots that forget; queries attend to the slots.
+
+        q_t = SiLU(W_q x_t),   k_t = SiLU(W_k x_t),   v_t = SiLU(W_v x_t),   log α_t = log σ(W_f x_t) / 8
+        K_t = diag(α_t) K_{t−1} + (1 − α_t) k_tᵀ,   V_t = diag(α_t) V_{t−1} + (1 − α_t) v_tᵀ,   head by head
+        o_t = V_tᵀ softmax(K_t q_t),   y_t = W_o rms(SiLU(o_t))
+
+    α_t [M] forgets slot by slot; 1 − α is computed as −expm1(log α) in float32. Each equation is linear attention: in
+    the second pass the slots are its keys, and in the first its values, each of which has a decay of its own and so
+    becomes a head with one value.
+
+    Shapes: x, y [B, T, dim]; state {"K": [B, H, M, dim / H], "V": [B, H, M, dim / H]} in float32 (float64 for
+    float64 x).
+    Cost: 4 dim² + dim H M multiplications a token and 4 dim M for the state, which does not grow with T. The first pass
+    repeats q and k for every slot: 2 dim M numbers a token.
+
+    Args:
+        dim: width of x and y.
+        heads: H; None: dim / 64, or the next smaller number that divides dim.
+        slots: M; None: dim / H.
+        temperature: divides the logarithm of the decays; 8 keeps them near 1.
+        backend: of the recurrences; see `kernels.gla.gla`.
+
+    Source: Zhang et al., "Gated Slot Attention for Efficient Linear-Time Sequence Modeling", arXiv 2409.07146.
+    """
+
+    family = "matrix-state linear RNN"
+    source = "arXiv 2409.07146"
+    ops = ("gla",)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int | None = None,
+        slots: int | None = None,
+        temperature: float = 8.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.dim, self.heads, self.backend = dim, heads_for("gsa", heads, 64, dim), backend
+        self.slots, self.temperature = dim // self.heads if slots is None else slots, temperature
+        if self.slots < 1:
+            raise ValueError(f"gsa: slots is {self.slots}, expected at least 1")
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.f_proj = nn.Linear(dim, self.heads * self.slots, bias=False)
+        self.norm = norm("rms", dim)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+
+    def init_state(
+        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        weight = self.q_proj.weight
+        device, wide = device or weight.device, state_dtype(dtype or weight.dtype)
+        K = torch.zeros(batch, self.heads, self.slots, self.dim // self.heads, device=device, dtype=wide)
+        return {"K": K, "V": K.clone()}
+
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        q, k, v = (split(F.silu(p(x)), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        f = split(self.f_proj(x), self.heads)
+        log_decay = F.logsigmoid(f.to(state_dtype(f.dtype))) / self.temperature
+        written = (-torch.expm1(log_decay)).to(v.dtype)
+        seen, K = self._keys(q, k, written, log_decay, state["K"], cu_seqlens)
+        shares = seen.to(log_decay.dtype).softmax(-1).to(v.dtype)
+        y, V = gla(shares, written, v, log_decay, state["V"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
+        return self.o_proj(self.norm(F.silu(y.flatten(-2)))), {"K": K, "V": V}
+
+    def _keys(
+        self, q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, K: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """K_t q_t [B, T, H, M], and the last K [N, H, M, dim / H]."""
+        q, k = (t[:, :, :, None].expand(-1, -1, -1, self.slots, -1).flatten(2, 3) for t in (q, k))
+        y, after = gla(
+            q, k, written.flatten(2)[..., None], log_decay.flatten(2), K.flatten(1, 2)[..., None],
+            scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        return y.view_as(written), after.view_as(K)
