@@ -135,6 +135,14 @@ def test_any_strides(backend: str) -> None:
         a, x = layout(wide), layout(wide.flip(0))
         expected = scan(a.contiguous(), x.contiguous(), backend="naive")
         torch.testing.assert_close(scan(a, x, backend=backend), expected, msg=name)
+        # the gradient of h has a layout of its own
+        dh = layout(wide.flip(1))
+        gradients = [
+            torch.autograd.grad(scan(*leaves, backend=which)[0], leaves, given)
+            for which, given in (("naive", dh.contiguous()), (backend, dh))
+            for leaves in [[t.contiguous().requires_grad_() for t in (a, x)]]
+        ]
+        torch.testing.assert_close(gradients[1], gradients[0], msg=f"gradients, {name}")
 
 
 def test_generated_code_agrees() -> None:
