@@ -7,8 +7,8 @@ Time is cut into chunks of C rows, a power of two. Inside a chunk everything is 
 before, after, total: products of the decays up to a row, after it, and of all rows. A pair (i, j) meets at one border
 as the chunk is halved again and again: i in the upper, j in the lower of two neighbouring blocks of h rows, and its
 decays are before[i] in the upper block times after[j] in the lower. So nothing is ever divided or subtracted, all
-factors lie in [0, 1], and every decay is safe, 0 included. With a bonus u a row does not decay its own past (m < i), and the
-diagonal of A is Σ_k q u k.
+factors lie in [0, 1], and every decay is safe, 0 included. With a bonus u a row does not decay its own past (m < i), and
+the diagonal of A is Σ_k q u k.
 
 The gradient of a log decay at row t is the sum over all pairs with j < t <= i. It is made of the same halves, again
 without a difference: of the upper blocks the rows from t on, of the lower blocks the rows before t.

@@ -67,7 +67,7 @@ class Rows:
         step = torch.arange(length, device=x.device) - bounds[packing.owner]
         back = starts[packing.owner] * chunk + step
         index = row.clamp(max=length - 1).flatten()
-        first, last = number == starts[owner], (ends - 1).clamp(min=0)
+        first, last = (number == starts[owner]) & (number < ends[-1]), (ends - 1).clamp(min=0)
         return Rows(batch, heads, length, chunk, count, packing, index, real.flatten(), back, first, owner, last)
 
     def cut(self, x: Tensor) -> Tensor:
