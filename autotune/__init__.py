@@ -23,6 +23,7 @@ The functions `search` and `measure` are imported from their modules, whose name
 
 from __future__ import annotations
 
+from autotune.agree import agree
 from autotune.changes import changed, generation
 from autotune.device import fingerprint, pretend
 from autotune.key import Key, bucket
@@ -37,6 +38,7 @@ __all__ = [
     "Lock",
     "Record",
     "Store",
+    "agree",
     "bucket",
     "cache_folder",
     "changed",

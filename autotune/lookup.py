@@ -36,17 +36,18 @@ class Choice:
 class _Index:
     """The records of one device by key. Later rows count more: the shipped ones come first, then the user's."""
 
-    def __init__(self, device: str, user: Store) -> None:
+    def __init__(self, device: str, user: Iterable[Record], path: Path | None) -> None:
         if not SAFE.fullmatch(device):
             raise ValueError(f"autotune: device is {device!r}, expected a fingerprint matching {SAFE.pattern}")
-        self.path = user.path
+        # of the file whose new records belong here
+        self.path = path
         self.rows: dict[Key, list[tuple[Record, str]]] = {}
         self.lengths: dict[tuple[Any, ...], set[int]] = {}
         self.memo: dict[tuple[Key, str], tuple[int, list[tuple[str, Config]], Choice | None]] = {}
         self.refusals: dict[tuple[Key, str], tuple[int, list[Record]]] = {}
         for record in Store(SHIPPED / f"{device}.jsonl").read():
             self.add(record, "shipped")
-        for record in user.read():
+        for record in user:
             self.add(record, "user")
 
     def add(self, record: Record, where: str) -> None:
@@ -82,7 +83,8 @@ class _Tables:
             with _lock:
                 found = self.indexes.get(device)
                 if found is None:
-                    found = self.indexes[device] = _Index(device, self.user(device))
+                    store = self.user(device)
+                    found = self.indexes[device] = _Index(device, store.read(), store.path)
         return found
 
 
@@ -215,6 +217,13 @@ def using(table: str | os.PathLike[str] | Store) -> Iterator[Store]:
     finally:
         _stack.remove(tables)
         changed()
+
+
+def adopt(device: str, records: Iterable[Record]) -> None:
+    """These records take the place of the user's table of a device, until `refresh`; what is measured does not join."""
+    with _lock:
+        _stack[-1].indexes[device] = _Index(device, records, None)
+    changed()
 
 
 def keep(path: Path, record: Record) -> None:
