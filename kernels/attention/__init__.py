@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import naive
 from kernels.op import Backend, Cost, Op
-from kernels.problem import Arg, Problem
+from kernels.problem import Arg, Problem, state_dtype
 
 
 def attention(
@@ -17,6 +18,7 @@ def attention(
     starts: Tensor | None = None,
     ends: Tensor | None = None,
     *,
+    log_decay: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -27,7 +29,9 @@ def attention(
 
         y[t, h] = sum_s p[t, s] v[s, g],   p[t, :] = softmax of scale q[t, h] · k[s, g] over the visible s
 
-    where head h belongs to group g = h // (H / G).
+    where head h belongs to group g = h // (H / G). With log_decay (forgetting attention) the scores fall with all that
+    was forgotten since: log_decay[s + 1, h] + ... + log_decay[p, h] is added to the score of key s for a query that
+    stands at row p.
     The queries of a sequence stand at the last of its keys: with T queries and n keys, query t has position
     p = n - T + t. It sees the keys s <= p (all of them if not `causal`), with a window w only those with |p - s| < w.
     A query that sees no key yields zeros. So T = n is self-attention, and T = 1 is one step of decoding.
@@ -37,6 +41,8 @@ def attention(
         k, v: keys [B, S, G, K] and values [B, S, G, V] in the dtype of q; H is a multiple of G.
         starts, ends: int64 [N]; the keys of sequence n are the rows starts[n] to ends[n] of k and v, by default 0 to S.
             Rows outside are ignored, but must be finite. N is B, or the number of packed sequences.
+        log_decay: logarithms of forget gates, <= 0, at the rows of the keys: [B, S, H] in float32 (float64 for float64
+            q), with the batch of k; needs `causal`. -inf hides all keys before its row.
         scale: 1 / sqrt(K) by default.
         causal: no query sees a key after its own position.
         window: how many keys up to its own a query sees at most (not `causal`: also as many after it); None for all.
@@ -49,26 +55,36 @@ def attention(
     Returns:
         y [B, T, H, V] in q's dtype; softmax and sums are accumulated in float32 (float64 for float64).
 
-    q, k and v have gradients and second ones; the latter are computed by the naive formula.
+    q, k, v and log_decay have gradients and second ones; the latter are computed by the naive formula. With log_decay,
+    "sdpa" computes in float32 whatever is narrower.
 
     Raises:
         TypeError: a dtype does not fit. ValueError: a shape, device, index, option or backend name does not fit.
         RuntimeError: the named backend cannot run this problem; the message has its reasons.
 
     Source: Vaswani et al. 2017, "Attention is all you need" (arXiv 1706.03762); grouped heads: Ainslie et al. 2023,
-    "GQA" (arXiv 2305.13245); window: Beltagy et al. 2020, "Longformer" (arXiv 2004.05150).
+    "GQA" (arXiv 2305.13245); window: Beltagy et al. 2020, "Longformer" (arXiv 2004.05150); log_decay: Lin et al. 2025,
+    "Forgetting transformer" (arXiv 2503.02130).
     """
     if q.ndim == 4 and k.ndim == 4 and q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: axis H is {q.shape[2]} in q, no multiple of the {k.shape[2]} heads (axis G) of k")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}, expected at least 1, or None for no window")
+    if log_decay is not None and not causal:
+        raise ValueError("attention: log_decay needs causal=True; nothing is forgotten between a query and a later key")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if cu_seqlens is not None and k.ndim == 4:
+        if k.shape[0] > 1 and log_decay is not None:
+            if log_decay.shape[:2] != k.shape[:2]:
+                raise ValueError(
+                    f"attention: axes B, S are {list(k.shape[:2])} in k but {list(log_decay.shape[:2])} in log_decay"
+                )
+            log_decay = log_decay.flatten(0, 1)[None]
         k, v, starts, ends = _one_row(q, k, v, starts, ends, cu_seqlens.shape[0] - 1)
     elif starts is not None or ends is not None:
         starts, ends = _both(starts, ends, k, q.shape[0])
-    return OP(q, k, v, starts, ends, cu_seqlens, causal, window or 0, float(scale), backend)[0]
+    return OP(q, k, v, starts, ends, log_decay, cu_seqlens, causal, window or 0, float(scale), backend)[0]
 
 
 def _both(starts: Tensor | None, ends: Tensor | None, k: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
@@ -109,8 +125,12 @@ def _sample(
     generator: torch.Generator | None = None,
     starts: bool = False,
     ends: bool = False,
+    log_decay: bool = False,
 ) -> dict[str, Tensor | None]:
-    """Unit-variance queries, keys and values. Sizes that are not given: S = T, four heads in two groups, K 16, V 24."""
+    """Unit-variance queries, keys and values, forget gates as of a new layer.
+
+    Sizes that are not given: S = T, four heads in two groups, K 16, V 24.
+    """
     B, T, N = sizes["B"], sizes["T"], sizes.get("N", sizes["B"])
     S, H, K, V = sizes.get("S", T), sizes.get("H", 4), sizes.get("K", 16), sizes.get("V", 24)
     G = sizes.get("G", max(1, H // 2))
@@ -128,6 +148,7 @@ def _sample(
         "v": normal(B, S, G, V),
         "starts": first.to(device) if starts else None,
         "ends": last.to(device) if ends else None,
+        "log_decay": F.logsigmoid(normal(B, S, H).to(state_dtype(dtype))) if log_decay else None,
     }
 
 
@@ -161,12 +182,13 @@ OP = Op(
         Arg("v", "B S G V"),
         Arg("starts", "N", "index", optional=True),
         Arg("ends", "N", "index", optional=True),
+        Arg("log_decay", "B S H", "state", optional=True),
     ),
     # lse: the logarithm of the sum of exp(scores) over the visible keys; -inf where there are none
     outputs=(Arg("y", "B T H V"), Arg("lse", "B T H", "state", differentiable=False)),
     options={"causal": True, "window": 0, "scale": 1.0},
-    residuals=("q", "k", "v", "starts", "ends", "y", "lse"),
-    gradients={"q": "q", "k": "k", "v": "v"},
+    residuals=("q", "k", "v", "starts", "ends", "log_decay", "y", "lse"),
+    gradients={"q": "q", "k": "k", "v": "v", "log_decay": "log_decay"},
     backends=(
         Backend("naive", "kernels.attention.naive"),
         Backend("sdpa", "kernels.attention.sdpa", devices=("cpu", "cuda")),

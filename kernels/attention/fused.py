@@ -1,7 +1,7 @@
 """Torch's fused attention kernels, which never hold the scores: one call forward and one backward, on CPU and on CUDA.
 
 Sequences are [B, T, H, W] with one width W for q, k and v; lse [B, T, H] is the logarithm of the softmax's divisor.
-`mask` is additive, [B or 1, 1, T, S] in q's dtype, or None. What comes back where it hides every key is undefined.
+`mask` is additive, [B or 1, H or 1, T, S] in q's dtype, or None. What comes back where it hides every key is undefined.
 """
 
 from __future__ import annotations
@@ -69,6 +69,13 @@ def backward(
     )  # fmt: skip
     dk, dv = (g.unflatten(2, (groups, -1)).sum(3) for g in (dk, dv))
     return dq, dk, dv
+
+
+def merge(y: Tensor, lse: Tensor, y_more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from attention over each."""
+    both = torch.logaddexp(lse, lse_more)
+    weight, weight_more = ((x - both).exp()[..., None] for x in (lse, lse_more))
+    return (weight * y + weight_more * y_more).to(y.dtype), both
 
 
 def _on_cpu(x: Tensor) -> bool:

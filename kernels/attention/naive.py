@@ -5,18 +5,25 @@ The scores [B, H, T, S] are made for a block of queries at a time, so that they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import spans
+from kernels.attention import decay, spans
 from kernels.attention.spans import Sight
-from kernels.problem import state_dtype
+from kernels.problem import Problem, state_dtype
 
 # scores that exist at once
 MAX_SCORES = 1 << 24
+
+
+def cannot(problem: Problem) -> list[str]:
+    """Why there is no such attention; empty if there is."""
+    needs_causal = problem.options["log_decay"] and not problem.options["causal"]
+    return ["log_decay needs causal attention"] if needs_causal else []
 
 
 def forward(
@@ -25,6 +32,7 @@ def forward(
     v: Tensor,
     starts: Tensor | None,
     ends: Tensor | None,
+    log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     *,
     causal: bool,
@@ -35,10 +43,10 @@ def forward(
     """y[t] = sum_s p[t, s] v[s] and lse[t] = log sum_s exp(scores[t, s])."""
     spans.check(starts, ends, k.shape[1])
     sight = Sight.of(q, k, starts, ends, cu_seqlens, causal=causal, window=window)
-    values = v.to(state_dtype(v.dtype))
+    values, bias = v.to(state_dtype(v.dtype)), _bias(k, log_decay, sight)
     ys, lses = [], []
     for rows in _blocks(q, k):
-        p, lse = _softmax(_heads(q[:, rows], k), k, sight.visible(rows, 0, k.shape[1]), scale)
+        p, lse = _softmax(_heads(q[:, rows], k), k, sight.visible(rows, 0, k.shape[1]), bias(rows), scale)
         ys.append(torch.einsum("bgrts,bsgv->btgrv", p, values).flatten(2, 3))
         lses.append(lse.permute(0, 3, 1, 2).flatten(2, 3))
     return torch.cat(ys, 1).to(q.dtype).contiguous(), torch.cat(lses, 1).contiguous()
@@ -52,6 +60,7 @@ def backward(
     v: Tensor,
     starts: Tensor | None,
     ends: Tensor | None,
+    log_decay: Tensor | None,
     y: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
@@ -59,30 +68,37 @@ def backward(
     causal: bool,
     window: int,
     scale: float,
-    needs: tuple[bool, ...] = (True, True, True, False, False),
+    needs: tuple[bool, ...] = (True, True, True, False, False, True),
     config: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """ds = p (dp - sum_s p dp) with dp = dy · v;  dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dy.
 
-    p is computed again; all of it is differentiable.
+    dlog_decay[r] = sum of ds[t, s] over all s < r <= t. p is computed again; all of it is differentiable.
     """
     assert dlse is None, "lse has no gradient"
     dy = torch.zeros_like(y) if dy is None else dy
     spans.check(starts, ends, k.shape[1])
     sight = Sight.of(q, k, starts, ends, cu_seqlens, causal=causal, window=window)
     keys, values = k.to(state_dtype(k.dtype)), v.to(state_dtype(v.dtype))
+    bias = _bias(k, log_decay, sight)
     dqs, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
+    dlog_decay = None if log_decay is None else torch.zeros_like(log_decay)
     for rows in _blocks(q, k):
         queries = _heads(q[:, rows], k)
-        p, _ = _softmax(queries, k, sight.visible(rows, 0, k.shape[1]), scale)
+        p, _ = _softmax(queries, k, sight.visible(rows, 0, k.shape[1]), bias(rows), scale)
         dys = _heads(dy[:, rows], k)
         dp = torch.einsum("btgrv,bsgv->bgrts", dys, values)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         dv = dv + torch.einsum("bgrts,btgrv->bsgv", p, dys)
         dqs.append(scale * torch.einsum("bgrts,bsgk->btgrk", ds, keys).flatten(2, 3))
         dk = dk + scale * torch.einsum("bgrts,btgrk->bsgk", ds, queries)
+        if dlog_decay is not None:
+            earlier = F.pad(ds.flatten(1, 2).cumsum(-1)[..., :-1], (1, 0))
+            later = torch.arange(k.shape[1], device=k.device) > sight.position[:, None, rows, None]
+            dlog_decay = dlog_decay + earlier.masked_fill(later, 0).sum(2).transpose(1, 2)
     found = (torch.cat(dqs, 1), dk, dv)
-    return (*(g.to(q.dtype).contiguous() if needed else None for g, needed in zip(found, needs)), None, None)
+    of_sequences = (g.to(q.dtype).contiguous() if needed else None for g, needed in zip(found, needs))
+    return (*of_sequences, None, None, dlog_decay if needs[5] else None)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
@@ -97,9 +113,23 @@ def _heads(x: Tensor, k: Tensor) -> Tensor:
     return x.to(state_dtype(x.dtype)).unflatten(2, (k.shape[2], -1))
 
 
-def _softmax(queries: Tensor, k: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _bias(k: Tensor, log_decay: Tensor | None, sight: Sight) -> Callable[[slice], Tensor | None]:
+    """The function from rows of queries to what is added to their scores [B, G, H / G, T, S], if anything is."""
+    if log_decay is None:
+        return lambda rows: None
+    sums, groups = decay.Sums.of(log_decay), k.shape[2]
+
+    def bias(rows: slice) -> Tensor:
+        of = sums.at(sight.position[:, rows].clamp(0, k.shape[1] - 1))
+        return decay.bias(of, sums, 0, -torch.inf, log_decay.dtype).unflatten(1, (groups, -1))
+
+    return bias
+
+
+def _softmax(queries: Tensor, k: Tensor, visible: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """p [B, G, H / G, T, S] and the logarithm of what it was divided by; zeros and -inf where nothing is visible."""
     scores = scale * torch.einsum("btgrk,bsgk->bgrts", queries, k.to(queries.dtype))
+    scores = scores if bias is None else scores + bias
     visible = visible[:, None, None]
     blind = ~visible.any(-1, keepdim=True)
     # a blind query sees everything until its row is set to zero: no NaN, here or in any gradient

@@ -5,7 +5,7 @@ each, and pieces that share queries are merged by their log-sum-exp. Masks exist
 wide) and for a few queries (`FEW`) of a batch whose sequences have different keys.
 
 To cut, it reads cu_seqlens, starts and ends back to the host, which a GPU waits for; it does not for a batch without
-starts and ends, nor for a few queries.
+starts and ends, nor for a few queries. Attention with decays is in forgetting.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import fused, spans
+from kernels.attention import forgetting, fused, naive, spans
 from kernels.attention.spans import Segment, Sight
 from kernels.problem import Problem, state_dtype
 
@@ -28,12 +28,14 @@ FEW = 16
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
     reason = fused.reason(problem.device, problem.dtypes["q"])
-    return [] if reason is None else [reason]
+    return [*naive.cannot(problem), *([] if reason is None else [reason])]
 
 
 def configs(problem: Problem) -> Sequence[Mapping[str, int]]:
-    """block: queries of one masked piece, where there is a window."""
+    """block: queries of one masked piece, where there is a window or a log_decay."""
     window = problem.options["window"]
+    if problem.options["log_decay"]:
+        return [{"block": 256}, {"block": 128}, {"block": 512}]
     if not window or problem.sizes["T"] == 1:
         return [{"block": 256}]
     near = min(max(1 << (window // 2).bit_length(), 64), 1024)
@@ -46,6 +48,7 @@ def forward(
     v: Tensor,
     starts: Tensor | None,
     ends: Tensor | None,
+    log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     *,
     causal: bool,
@@ -54,6 +57,9 @@ def forward(
     config: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] and lse [B, T, H]; zeros and -inf for queries that see no key."""
+    if log_decay is not None:
+        sees = starts, ends, cu_seqlens, window
+        return forgetting.Work(q, k, v, log_decay, *sees, scale, config["block"]).forward()
     values = v.shape[3]
     q, k, v = _padded(q, k, v)
     work = _Work(q, k, starts, ends, cu_seqlens, causal, window, config["block"])
@@ -69,7 +75,7 @@ def forward(
         for b, (rows, keys, kind, again), mask in work:
             y_part, lse_part = fused.forward(q[b, rows], k[b, keys], v[b, keys], mask, kind == "causal", scale)
             if again:
-                y_part, lse_part = _merge(y[b, rows], lse[b, rows], y_part, lse_part)
+                y_part, lse_part = fused.merge(y[b, rows], lse[b, rows], y_part, lse_part)
             y[b, rows], lse[b, rows] = y_part, lse_part
     return y[..., :values].contiguous(), lse.contiguous()
 
@@ -82,6 +88,7 @@ def backward(
     v: Tensor,
     starts: Tensor | None,
     ends: Tensor | None,
+    log_decay: Tensor | None,
     y: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
@@ -92,9 +99,14 @@ def backward(
     needs: tuple[bool, ...],
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, each None where `needs` says so."""
+    """dq, dk, dv and dlog_decay, each None where `needs` says so."""
     assert dlse is None, "lse has no gradient"
     dy = torch.zeros_like(y) if dy is None else dy
+    if log_decay is not None:
+        sees = starts, ends, cu_seqlens, window
+        found = forgetting.Work(q, k, v, log_decay, *sees, scale, config["block"]).backward(dy, y, lse)
+        *gradients, dlog_decay = (g if needed else None for g, needed in zip(found, (*needs[:3], needs[5])))
+        return (*gradients, None, None, dlog_decay)
     widths = q.shape[3], k.shape[3], v.shape[3]
     q, k, v, y, dy = _padded(q, k, v, y, dy)
     work = _Work(q, k, starts, ends, cu_seqlens, causal, window, config["block"])
@@ -114,8 +126,8 @@ def backward(
             parts = fused.backward(*of_queries, mask, kind == "causal", scale)
             for whole, part, where in zip((dq, dk, dv), parts, (rows, keys, keys)):
                 whole[b, where] += part
-    found = (g[..., :w].to(q.dtype).contiguous() for g, w in zip((dq, dk, dv), widths))
-    return (*(g if needed else None for g, needed in zip(found, needs)), None, None)
+    of_sequences = (g[..., :w].to(q.dtype).contiguous() for g, w in zip((dq, dk, dv), widths))
+    return (*(g if needed else None for g, needed in zip(of_sequences, needs)), None, None, None)
 
 
 class Piece(NamedTuple):
@@ -237,10 +249,3 @@ def _padded(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All with heads of one width that the kernels take, by columns of zeros."""
     width = fused.width(max(x.shape[3] for x in tensors), tensors[0].device)
     return tuple(x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in tensors)
-
-
-def _merge(y: Tensor, lse: Tensor, y_more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each."""
-    both = torch.logaddexp(lse, lse_more)
-    weight, weight_more = ((x - both).exp()[..., None] for x in (lse, lse_more))
-    return (weight * y + weight_more * y_more).to(y.dtype), both

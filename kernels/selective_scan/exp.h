@@ -1,4 +1,4 @@
-// The exponential on vectors, to within a unit in the last place; exactly 1 at 0, and 0 and infinity where it is.
+// The exponential on vectors, to within 1.25 units in the last place; 1 at 0, and 0 and infinity where it is.
 #pragma once
 #include "../simd.h"
 
