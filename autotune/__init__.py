@@ -29,6 +29,7 @@ from autotune.device import fingerprint, pretend
 from autotune.key import Key, bucket
 from autotune.lock import Lock, lock, use
 from autotune.lookup import Choice, choose, closest, listing, refresh, refused, user_store, using
+from autotune.program import explain, warmup
 from autotune.record import Record
 from autotune.store import Store, cache_folder
 
@@ -44,6 +45,7 @@ __all__ = [
     "changed",
     "choose",
     "closest",
+    "explain",
     "fingerprint",
     "generation",
     "listing",
@@ -54,4 +56,5 @@ __all__ = [
     "use",
     "user_store",
     "using",
+    "warmup",
 ]

@@ -46,6 +46,18 @@ class Explanation:
     measured: autotune.Key
     verdicts: tuple[Verdict, ...]
 
+    def __str__(self) -> str:
+        lines = [f"{self.problem}: {self.origin}"]
+        for verdict in self.verdicts:
+            name = " ".join([verdict.backend, *(f"{k}={v}" for k, v in (verdict.config or {}).items())])
+            facts = [verdict.status]
+            if verdict.ratio is not None and verdict.status == "slower":
+                facts = [f"slower by {verdict.ratio:.2f} x"]
+            if verdict.record is not None and verdict.record.status == "ok":
+                facts.append(f"{verdict.record.times[0] * 1e6:.4g} µs")
+            lines.append(f"  {name}: {', '.join([*facts, *filter(None, [verdict.reason])])}")
+        return "\n".join(lines)
+
 
 def explain(op: Op, problem: Problem, plan: Plan | None = None) -> Explanation:
     """plan: the one that was met, by default what `backend="auto"` gives. A look-up: nothing is run or written.

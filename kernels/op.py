@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 import autotune
+from autotune import program
 from autotune.lock import Locked
 from kernels import registration
+from kernels.engine import Engine
 from kernels.problem import Arg, Problem, check, check_cu_seqlens, size_of, state_dtype
 
 Config = Mapping[str, Any]
@@ -211,8 +213,8 @@ class Op:
         for backend, config in candidates:
             if (backend.name, dict(config)) == (locked.backend, dict(locked.config)):
                 return Plan(backend, config, f"locked by {locked.path}")
-        backend = next((b for b in self.backends if b.name == locked.backend), None)
-        reasons = ["there is no such backend"] if backend is None else backend.cannot(problem)
+        named = [backend for backend in self.backends if backend.name == locked.backend]
+        reasons = named[0].cannot(problem) if named else ["there is no such backend"]
         why = "; ".join(reasons) or f"it has no such config any more ({dict(locked.config)})"
         raise RuntimeError(f"{self.name}: {locked.path} locks backend {locked.backend!r}, which cannot run: {why}")
 
@@ -313,6 +315,7 @@ class Op:
         )
 
 
+program.register(Engine())
 _recordings: list[dict[Problem, Plan]] = []
 
 
