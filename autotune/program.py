@@ -77,7 +77,7 @@ def warmup(
     """
     engine, found = _engine("warmup"), {}
     with engine.recording() as met:
-        for given in [resized(inputs, length, axis) for length in lengths] or [inputs]:
+        for given in [resized(inputs, length, axis) for length in lengths] or [list(inputs)]:
             _run(fn, given)
     shown = _bar() if progress is True else contextlib.nullcontext(progress or (lambda *_: None))
     try:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,12 +49,14 @@ class Backend:
 
     The module may also have `cannot(problem) -> list[str]` (why it cannot run, empty if it can),
     `configs(problem) -> list of dicts` (candidates for the tuner, the default first) and
-    `compile_for(target, problem, config)`. `devices` are the device types it can run on at all.
+    `compile_for(target, problem, config)`. `devices` are the device types it can run on at all. `foreign`: it comes
+    from another package, and is only chosen where it was compared and measured.
     """
 
     name: str
     module: str
     devices: tuple[str, ...] = ()
+    foreign: bool = False
 
     @cached_property
     def loaded(self) -> ModuleType | str:
@@ -62,6 +65,10 @@ class Backend:
             return importlib.import_module(self.module)
         except ImportError as error:
             return f"{error}"
+        except Exception as error:
+            if not self.foreign:
+                raise
+            return f"importing {self.module} failed: {type(error).__name__}: {error}"
 
     def cannot(self, problem: Problem) -> list[str]:
         """Why this backend cannot run the problem; empty if it can."""
@@ -118,6 +125,7 @@ class Op:
     _with_gradient: Callable[..., tuple[Tensor, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "backends", (*self.backends, *_foreign(self.name)))
         object.__setattr__(self, "_with_gradient", registration.register(self))
         # found here, because torch.compile does not trace through the lock of a cached_property
         object.__setattr__(self, "forward_overload", registration.overload(self.name))
@@ -175,7 +183,7 @@ class Op:
         """The plan for a problem: the named backend or nothing; for "auto" the tables' choice, else the rule.
 
         The rule, used where nothing was measured, under torch.use_deterministic_algorithms(True), and where a lock
-        (`autotune.use`) is silent: the last listed backend that can run the problem, with its default config.
+        (`autotune.use`) is silent: our last listed backend that can run the problem, with its default config.
 
         Raises:
             ValueError: there is no backend of that name.
@@ -205,7 +213,8 @@ class Op:
             choice = autotune.choose(self.key(problem), named, self.source)
             if choice is not None:
                 return Plan(self.backend(choice.backend), choice.config, choice.origin)
-        last = candidates[-1][0]
+        # of other packages' backends none runs unmeasured, unless there is nothing else
+        last = next((b for b, _ in reversed(candidates) if not b.foreign), candidates[-1][0])
         config = next(config for backend, config in candidates if backend is last)
         return Plan(last, config, "named" if name != "auto" else "rule")
 
@@ -313,6 +322,14 @@ class Op:
             )
             for out in self.outputs
         )
+
+
+def _foreign(op: str) -> Iterator[Backend]:
+    """Backends from other packages: entry points "op.backend" of the group "mixers.backends", each a module."""
+    for point in entry_points(group="mixers.backends"):
+        name, _, backend = point.name.partition(".")
+        if name == op and backend:
+            yield Backend(backend, point.value, foreign=True)
 
 
 program.register(Engine())
