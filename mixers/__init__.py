@@ -8,11 +8,14 @@ from __future__ import annotations
 from mixers import models, state
 from mixers.attention import Attention
 from mixers.based import Based
+from mixers.deltanet import DeltaNet
 from mixers.gated_conv import GatedConv
+from mixers.gated_deltanet import GatedDeltaNet
 from mixers.gla import GLA
 from mixers.gsa import GSA
 from mixers.hgrn import HGRN
 from mixers.hgrn2 import HGRN2
+from mixers.kda import KDA
 from mixers.linear_attention import LinearAttention
 from mixers.lru import LRU
 from mixers.mamba import Mamba
@@ -26,6 +29,7 @@ from mixers.registry import build, describe, names, register
 from mixers.retnet import RetNet
 from mixers.rglru import RGLRU
 from mixers.rwkv6 import RWKV6
+from mixers.rwkv7 import RWKV7
 from mixers.s4d import S4D
 from mixers.stack import Stack
 
@@ -34,15 +38,19 @@ __all__ = [
     "GSA",
     "HGRN",
     "HGRN2",
+    "KDA",
     "LRU",
     "MLSTM",
     "QRNN",
     "RGLRU",
     "RWKV6",
+    "RWKV7",
     "S4D",
     "Attention",
     "Based",
+    "DeltaNet",
     "GatedConv",
+    "GatedDeltaNet",
     "LinearAttention",
     "Mamba",
     "Mamba2",
