@@ -9,6 +9,7 @@ from mixers import models, state
 from mixers.attention import Attention
 from mixers.based import Based
 from mixers.deltanet import DeltaNet
+from mixers.forgetting_attention import ForgettingAttention
 from mixers.gated_conv import GatedConv
 from mixers.gated_deltanet import GatedDeltaNet
 from mixers.gla import GLA
@@ -49,6 +50,7 @@ __all__ = [
     "Attention",
     "Based",
     "DeltaNet",
+    "ForgettingAttention",
     "GatedConv",
     "GatedDeltaNet",
     "LinearAttention",

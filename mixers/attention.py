@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Attention(SequenceMixer):
     family = "softmax attention"
     source = "arXiv 1706.03762"
     ops = ("attention",)
+    # what is kept of every token
+    cached: tuple[str, ...] = ("keys", "values")
 
     def __init__(
         self,
@@ -96,64 +99,77 @@ class Attention(SequenceMixer):
         return {"keys": empty, "values": empty.clone(), "length": torch.zeros(batch, dtype=torch.int64, device=device)}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        q, *rows = self.project(x)
+        if self.rotary:
+            length = x.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
+            positions = _positions(x, length, cu_seqlens)
+            q, rows[0] = rotate(q, positions, self.rotary_base), rotate(rows[0], positions, self.rotary_base)
+        if state is None:
+            y = self.attend(q, rows, causal=False, cu_seqlens=cu_seqlens)
+        elif cu_seqlens is None:
+            y, state = self._continue(q, rows, state)
+        else:
+            y, state = self._continue_packed(q, rows, state, cu_seqlens)
+        return self.finish(y, x), state
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q [B, T, H, K], and the rows [B, T, ...] that are cached, in the order of `cached`."""
         q, k, v = (
             rearrange(projection(x), "b t (h k) -> b t h k", k=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.rotary:
-            length = x.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
-            positions = _positions(x, length, cu_seqlens)
-            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
-        if state is None:
-            y = self.attend(q, k, v, causal=False, cu_seqlens=cu_seqlens)
-        elif cu_seqlens is None:
-            y, state = self._continue(q, k, v, state)
-        else:
-            y, state = self._continue_packed(q, k, v, state, cu_seqlens)
-        return self.o_proj(rearrange(y, "b t h k -> b t (h k)")), state
+        return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, **options: Any) -> Tensor:
+    def attend(self, q: Tensor, rows: Sequence[Tensor], starts: Tensor | None = None, **options: Any) -> Tensor:
+        """y [B, T, H, V] of queries and all the rows that were cached for them."""
+        k, v = rows
         return attention(q, k, v, starts, window=self.window, backend=self.backend, **options)
 
-    def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output, from what its heads have made of x."""
+        return self.o_proj(rearrange(y, "b t h k -> b t (h k)"))
+
+    def _continue(
+        self, q: Tensor, rows: Sequence[Tensor], state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of sequences: their new rows go behind the old ones, which end in the same row."""
-        keys, values, start = state["keys"], state["values"], state.get("start")
+        old, start = tuple(state[name] for name in self.cached), state.get("start")
         if start is not None and "end" in state:
-            (keys, values), start = align((keys, values), start, state["end"])
-        keys, values = append(keys, k), append(values, v)
-        return self.attend(q, keys, values, start), self._state(keys, values, state["length"] + q.shape[1], start)
+            old, start = align(old, start, state["end"])
+        rows = [append(before, new) for before, new in zip(old, rows)]
+        return self.attend(q, rows, start), self._state(rows, state["length"] + q.shape[1], start)
 
     def _continue_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, state: dict[str, Tensor], cu_seqlens: Tensor
+        self, q: Tensor, rows: Sequence[Tensor], state: dict[str, Tensor], cu_seqlens: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         length = state["length"] + cu_seqlens.diff()
-        old = state["keys"], state["values"]
+        old = tuple(state[name] for name in self.cached)
         if old[0].shape[1] == 0:
-            every = length.shape[0], -1, -1, -1
-            after = {"keys": k.expand(every), "values": v.expand(every), "length": length}
-            after |= {"start": cu_seqlens[:-1].long(), "end": cu_seqlens[1:].long()}
-            return self.attend(q, k, v, cu_seqlens=cu_seqlens), after
+            # held once and seen by every sequence
+            every = {name: new.expand(length.shape[0], *new.shape[1:]) for name, new in zip(self.cached, rows)}
+            after = {**every, "length": length, "start": cu_seqlens[:-1].long(), "end": cu_seqlens[1:].long()}
+            return self.attend(q, rows, cu_seqlens=cu_seqlens), after
         start = state.get("start", torch.zeros_like(length))
         end = state.get("end", torch.full_like(length, old[0].shape[1]))
-        (keys, values), start = align(old, start, end, (k, v), cu_seqlens)
-        return self.attend(q, keys, values, start, cu_seqlens=cu_seqlens), self._state(keys, values, length, start)
+        rows, start = align(old, start, end, tuple(rows), cu_seqlens)
+        return self.attend(q, rows, start, cu_seqlens=cu_seqlens), self._state(rows, length, start)
 
-    def _state(self, keys: Tensor, values: Tensor, length: Tensor, start: Tensor | None) -> dict[str, Tensor]:
+    def _state(self, rows: Sequence[Tensor], length: Tensor, start: Tensor | None) -> dict[str, Tensor]:
         """Without the rows that no later token will see."""
         if self.window is not None:
-            before = keys.shape[1]
-            keys, values = recent(keys, self.window - 1), recent(values, self.window - 1)
-            start = None if start is None else (start - (before - keys.shape[1])).clamp(min=0)
-        state = {"keys": keys, "values": values, "length": length}
+            before = rows[0].shape[1]
+            rows = [recent(cache, self.window - 1) for cache in rows]
+            start = None if start is None else (start - (before - rows[0].shape[1])).clamp(min=0)
+        state = {**dict(zip(self.cached, rows)), "length": length}
         return state if start is None else {**state, "start": start}
 
     def comparable(self, state: Any) -> list[Tensor]:
-        """Of each sequence, the keys and values that a later token can see."""
+        """Of each sequence, the cached rows that a later token can see."""
         found = []
         for n, length in enumerate(state["length"].tolist()):
             end = int(state["end"][n]) if "end" in state else state["keys"].shape[1]
             count = length if self.window is None else min(length, self.window - 1)
-            found += [state[name][n, end - count : end] for name in ("keys", "values")]
+            found += [state[name][n, end - count : end] for name in self.cached]
         return found
 
     def state_size(self, length: int = 1) -> int:

@@ -102,12 +102,12 @@ def align(
     back = torch.arange(size, 0, -1, device=end.device)
     old = ((end + new)[:, None] - back).clamp(0, caches[0].shape[1] - 1)
     sequence = torch.arange(end.shape[0], device=end.device)[:, None]
-    missing = (back > count[:, None])[..., None, None]
+    missing, fresh_rows = back > count[:, None], back <= new[:, None]
     found = []
     for i, cache in enumerate(caches):
-        moved = cache[sequence, old]
+        moved, beside = cache[sequence, old], [1] * (cache.ndim - 2)
         if rows is not None and cu_seqlens is not None:
             fresh = rows[i][0, (cu_seqlens.long()[1:, None] - back).clamp(0, rows[i].shape[1] - 1)]
-            moved = torch.where((back <= new[:, None])[..., None, None], fresh, moved.to(fresh.dtype))
-        found.append(moved.masked_fill(missing, 0))
+            moved = torch.where(fresh_rows.view(*fresh_rows.shape, *beside), fresh, moved.to(fresh.dtype))
+        found.append(moved.masked_fill(missing.view(*missing.shape, *beside), 0))
     return tuple(found), size - count
