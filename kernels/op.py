@@ -13,8 +13,8 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from importlib.metadata import entry_points
+from functools import cache, cached_property, partial
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -326,10 +326,16 @@ class Op:
 
 def _foreign(op: str) -> Iterator[Backend]:
     """Backends from other packages: entry points "op.backend" of the group "mixers.backends", each a module."""
-    for point in entry_points(group="mixers.backends"):
+    for point in _entry_points():
         name, _, backend = point.name.partition(".")
         if name == op and backend:
             yield Backend(backend, point.value, foreign=True)
+
+
+@cache
+def _entry_points() -> EntryPoints:
+    """Reading those of all installed packages takes a while: once for all ops."""
+    return entry_points(group="mixers.backends")
 
 
 program.register(Engine())
