@@ -121,6 +121,7 @@ OP = Op(
     gradients={name: name for name in NAMES},
     backends=(
         Backend("naive", "kernels.selective_scan.naive"),
+        Backend("compiled", "kernels.selective_scan.compiled"),
         Backend("native", "kernels.selective_scan.native", devices=("cpu",)),
     ),
     sample=_sample,
