@@ -22,8 +22,9 @@ from torch import Tensor
 from kernels.delta_rule.decays import decays, inverse
 
 
-def left(state: Tensor, total: Tensor | None) -> Tensor:
-    return state if total is None else state * total
+def keep(state: Tensor, total: Tensor | None, out: Tensor) -> Tensor:
+    """What is left of a state after a chunk."""
+    return out.copy_(state) if total is None else torch.mul(state, total, out=out)
 
 
 class Segment:
@@ -57,24 +58,29 @@ class Segment:
 
     def each(self, x: Tensor) -> Sequence[Tensor]:
         """[G, ...] as n times [M, ...]."""
-        return x.view(self.n, self.M, *x.shape[1:]).unbind()
+        return x.unflatten(0, (self.n, self.M)).unbind()
+
+    def totals(self) -> Sequence[Tensor | None]:
+        return [None] * self.n if self.decay.total is None else self.each(self.decay.total)
 
     def run(self, state: Tensor) -> Tensor:
         """The state [M, K, V] after the last chunk; what enters each chunk and u are kept."""
         assert self.w is not None
-        writes, entering, us = self.writes.transpose(1, 2), [], []
-        totals = [None] * self.n if self.decay.total is None else self.each(self.decay.total)
+        C, K, V = self.q.shape[1], *state.shape[1:]
+        states, u = state.new_empty(self.n + 1, *state.shape), state.new_empty(self.n, self.M, C, V)
+        states[0] = state
         added = None
         if self.k is not None and self.v is not None:
             added = self.each(torch.bmm(self.second.transpose(1, 2), self.v))
+        writes, totals = self.writes.transpose(1, 2), self.totals()
         for i, (w, reads, T, write) in enumerate(zip(*map(self.each, (self.w, self.reads, self.T, writes)))):
-            u = torch.bmm(T, torch.baddbmm(w, reads, state, alpha=-1))
-            entering.append(state)
-            us.append(u)
-            kept = left(state, totals[i])
-            state = torch.baddbmm(kept if added is None else kept + added[i], write, u)
-        self.entering, self.u = torch.cat(entering), torch.cat(us)
-        return state
+            torch.bmm(T, torch.baddbmm(w, reads, states[i], alpha=-1), out=u[i])
+            keep(states[i], totals[i], out=states[i + 1])
+            if added is not None:
+                states[i + 1] += added[i]
+            states[i + 1].baddbmm_(write, u[i])
+        self.entering, self.u = states[:-1].view(-1, K, V), u.view(-1, C, V)
+        return states[-1]
 
     def outputs(self) -> Tensor:
         """y [G, C, V]"""
@@ -91,16 +97,15 @@ class Segment:
         more, db = decay.products_backward(torch.bmm(dy, u.transpose(1, 2)), M, self.q, self.b)
         dq += more
         du_inside, dentering = torch.bmm(M.transpose(1, 2), dy), torch.bmm(reads_q.transpose(1, 2), dy)
-        totals = [None] * self.n if decay.total is None else self.each(decay.total)
-        leaving, dws = [], []
-        steps = zip(*map(self.each, (du_inside, dentering, self.writes, self.T.transpose(1, 2))))
-        reads = self.each(self.reads.transpose(1, 2))
-        for i, (du, dinside, write, T) in reversed(list(enumerate(steps))):
-            leaving.append(dstate)
-            dw = torch.bmm(T, torch.baddbmm(du, write, dstate))
-            dstate = torch.baddbmm(dinside + left(dstate, totals[i]), reads[i], dw, alpha=-1)
-            dws.append(dw)
-        dleaving, dw = torch.cat(leaving[::-1]), torch.cat(dws[::-1])
+        leaving, dw = torch.empty_like(self.entering), torch.empty_like(u)
+        steps = zip(*map(self.each, (du_inside, dentering, self.writes, self.T.transpose(1, 2), leaving, dw)))
+        reads, totals = self.each(self.reads.transpose(1, 2)), self.totals()
+        for i, (du, dinside, write, T, dleaving, dw_out) in reversed(list(enumerate(steps))):
+            dleaving.copy_(dstate)
+            torch.bmm(T, torch.baddbmm(du, write, dstate), out=dw_out)
+            dstate = keep(dstate, totals[i], out=torch.empty_like(dstate)).add_(dinside)
+            dstate.baddbmm_(reads[i], dw_out, alpha=-1)
+        dleaving = leaving
         decay.keep_backward(dleaving, self.entering)
         db += decay.write_backward(torch.bmm(u, dleaving.transpose(1, 2)), self.b)
         da = decay.read_backward(torch.bmm(dw, self.entering.transpose(1, 2)).neg_(), self.a, before)

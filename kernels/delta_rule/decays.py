@@ -86,9 +86,8 @@ class PerHead(Undecayed):
         g = g.clamp(min=NOTHING[g.dtype])
         G, C, _ = g.shape
         self.lower, self.below = triangle(g, 0), triangle(g, -1)
-        hidden = torch.zeros_like(self.lower).masked_fill_(self.lower == 0, float("-inf"))
-        # entry (i, j): the sum of g[t] over j < t ≤ i
-        self.between = torch.baddbmm(hidden, self.lower.expand(G, C, C), g * self.below).exp_()
+        # entry (i, j): the sum of g[t] over j < t ≤ i, which is 0 above the diagonal; exp of -inf there would be slow
+        self.between = torch.bmm(self.lower.expand(G, C, C), g * self.below).exp_().mul_(self.lower)
         self.prefix = torch.cumsum(g, 1).exp_()
         self.suffix, self.total = self.between[:, -1, :, None], self.prefix[:, -1:]
         # gradients with respect to the logarithms of these
@@ -123,7 +122,9 @@ class PerHead(Undecayed):
 
     def products(self, x: Tensor, y: Tensor, before: bool = False, diagonal: int = 0) -> Tensor:
         found = torch.bmm(x, y.transpose(1, 2)).mul_(self._between(before))
-        return found.tril_(diagonal) if diagonal and not before else found
+        if diagonal:
+            found.diagonal(dim1=1, dim2=2).zero_()
+        return found
 
     def products_backward(
         self, d: Tensor, found: Tensor, x: Tensor, y: Tensor, before: bool = False, diagonal: int = 0
@@ -133,8 +134,8 @@ class PerHead(Undecayed):
             along = torch.cat([along[:, 1:], torch.zeros_like(along[:, :1])], 1)
         self.dbetween = along if self.dbetween is None else self.dbetween.add_(along)
         d = d.mul_(self._between(before))
-        if diagonal and not before:
-            d = d.tril_(diagonal)
+        if diagonal:
+            d.diagonal(dim1=1, dim2=2).zero_()
         return torch.bmm(d, y), torch.bmm(d.transpose(1, 2), x)
 
     def gradient(self) -> Tensor:

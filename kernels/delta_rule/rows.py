@@ -49,14 +49,19 @@ class Cut:
     def starts(self) -> range:
         return range(0, self.length, self.C * self.n)
 
-    def take(self, x: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-        """Of [B, T, H, W] the segment at that row, [G, C, W]."""
+    def take(self, x: Tensor, start: int, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+        """Of [B, T, H, W] the segment at that row times the factor, [G, C, W]."""
         rows = x[:, start : start + self.C * self.n]
         missing = -rows.shape[1] % self.C
         if missing:
             rows = torch.cat([rows, rows.new_zeros(self.batch, missing, *rows.shape[2:])], 1)
         cut = rows.unflatten(1, (-1, self.C)).permute(1, 0, 3, 2, 4)
-        return cut.to(dtype, memory_format=torch.contiguous_format).reshape(-1, self.C, x.shape[-1])
+        taken = torch.empty(cut.shape, dtype=dtype, device=x.device)
+        if factor == 1:
+            taken.copy_(cut)
+        else:
+            torch.mul(cut.to(dtype), factor, out=taken)
+        return taken.view(-1, self.C, x.shape[-1])
 
     def put(self, rows: Tensor, x: Tensor, start: int) -> None:
         """Writes the segment [G, C, W] into x [B, T, H, W]."""
@@ -127,10 +132,11 @@ def _run(make: Make, rows: Rows, initial: Tensor, y: Tensor, scale: float, confi
     assert rows[0] is not None
     cut, state = Cut.of(rows[0], config["chunk"], config["numbers"]), initial.flatten(0, 1)
     for start in cut.starts:
-        s = make(len(state), *_taken(cut, rows, start, initial.dtype))
+        # y is linear in q
+        s = make(len(state), *_taken(cut, rows, start, initial.dtype, scale))
         state = s.run(state)
-        cut.put(s.outputs().mul_(scale), y, start)
-    return state.view(initial.shape)
+        cut.put(s.outputs(), y, start)
+    return state.clone().view(initial.shape)
 
 
 def run_backward(
@@ -177,12 +183,14 @@ def _run_backward(
             some = _taken(cut, rows, start, dtype)
             segment = make(len(entering), *some)
             segment.run(entering)
-        dstate, *gradients = backward(segment, cut.take(dy, start, dtype).mul_(scale), dstate, some)
+        dstate, *gradients = backward(segment, cut.take(dy, start, dtype, scale), dstate, some)
         for whole, gradient in zip(found, gradients):
             if whole is not None:
                 cut.put(gradient, whole, start)
     return dstate.view(initial.shape)
 
 
-def _taken(cut: Cut, rows: Rows, start: int, dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if x is None else cut.take(x, start, dtype) for x in rows]
+def _taken(cut: Cut, rows: Rows, start: int, dtype: torch.dtype, of_q: float = 1.0) -> list[Tensor | None]:
+    """A segment of all rows; q times that factor."""
+    factors = (of_q, *[1.0] * (len(rows) - 1))
+    return [None if x is None else cut.take(x, start, dtype, factor) for x, factor in zip(rows, factors)]
