@@ -7,39 +7,74 @@ Time is cut into chunks of C rows, a power of two. Inside a chunk everything is 
 before, after, total: products of the decays up to a row, after it, and of all rows. A pair (i, j) meets at one border
 as the chunk is halved again and again: i in the upper, j in the lower of two neighbouring blocks of h rows, and its
 decays are before[i] in the upper block times after[j] in the lower. So nothing is ever divided or subtracted, all
-factors lie in [0, 1], and every decay is safe, 0 included. With a bonus u a row does not decay its own past (m < i), and
-the diagonal of A is Σ_k q u k.
+factors lie in [0, 1], and every decay is safe, 0 included. With a bonus u a row does not decay its own past (m < i),
+and the diagonal of A is Σ_k q u k.
 
 The gradient of a log decay at row t is the sum over all pairs with j < t <= i. It is made of the same halves, again
 without a difference: of the upper blocks the rows from t on, of the lower blocks the rows before t.
 
-Shapes: q, k [G, C, K], v [G, C, V] for G chunks, each of one sequence and head; log_decay [G, C, J] with J = 1 or K, or
-None; bonus [G, 1, K] or None; states [G, K, V]. All in the state dtype.
+Shapes: q, k [G, C, K], v [G, C, V] for G chunks, each of one sequence and head; log_decay [G, C, J] with J = 1 or K;
+bonus [G, 1, K] or None; states [G, K, V]. All in the state dtype.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
 @dataclass
-class Chunks:
-    """What the rows of chunks do to one another: A, and for the backward pass what it is made of.
+class Factors:
+    """Decays that all keys of a head share.
 
-    D [G, C, C]: the decays between two rows, where all keys share them. levels: for h = 1, 2, 4, ... the factors
-    (before, after) [G, C/2h, h, J] of the rows in the upper and in the lower blocks. before, after [G, C, J] and total
-    [G, J]: of the whole chunk.
+    levels: for h = 1, 2, 4, ... before [G, C/2h, h, 1] of the rows in the upper blocks and after of those in the lower;
+    before, after [G, C, 1] and total [G, 1] are the chunk's.
+    """
+
+    levels: list[tuple[Tensor, Tensor]]
+    before: Tensor
+    after: Tensor
+    total: Tensor
+
+    @staticmethod
+    def of(log_decay: Tensor, exclusive: bool) -> Factors:
+        """exclusive: before leaves the row itself out."""
+        total, levels = log_decay.exp(), []
+        after = torch.ones_like(total)
+        before = after.clone() if exclusive else total.clone()
+        for h in sizes(log_decay.shape[1]):
+            levels.append((halves(before, h)[1].clone(), halves(after, h)[0].clone()))
+            total = grow(before, after, total, h)
+        return Factors(levels, before, after, total[:, 0])
+
+    def part(self, start: int, stop: int) -> Factors:
+        levels = [(before[start:stop], after[start:stop]) for before, after in self.levels]
+        return Factors(levels, self.before[start:stop], self.after[start:stop], self.total[start:stop])
+
+
+@dataclass
+class Chunks:
+    """What a chunk's rows do to one another, A [G, C, C], and what its state and they do: q ∘ before, k ∘ after, total.
+
+    For the backward pass: D [G, C, C], the decays between two rows where all keys share them; or per key the decay of
+    each row and for every h the upper half of q ∘ before, the lower half of k ∘ after, and the lower and upper totals.
     """
 
     A: Tensor
-    D: Tensor | None = None
-    levels: list[tuple[Tensor, Tensor]] | None = None
-    before: Tensor | None = None
-    after: Tensor | None = None
+    q_before: Tensor
+    k_after: Tensor
     total: Tensor | None = None
+    D: Tensor | None = None
+    factors: Factors | None = None
+    decay: Tensor | None = None
+    levels: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+
+def sizes(chunk: int) -> list[int]:
+    """1, 2, 4, ..., C/2"""
+    return [1 << n for n in range(chunk.bit_length() - 1)]
 
 
 def halves(rows: Tensor, h: int) -> tuple[Tensor, Tensor]:
@@ -54,15 +89,13 @@ def crossing(pairs: Tensor, h: int) -> Tensor:
     return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def start(log_decay: Tensor, exclusive: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """before, after and total [G, C, J] of blocks of one row. exclusive: before leaves the row itself out."""
-    total = log_decay.exp()
-    ones = torch.ones_like(total)
-    return ones.clone() if exclusive else total.clone(), ones, total
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """[G, n, x, y] @ [G, n, y, z]; a single row or column by its sum."""
+    return (a * b.transpose(2, 3)).sum(3, keepdim=True) if a.shape[2] == b.shape[3] == 1 else a @ b
 
 
 def grow(before: Tensor | None, after: Tensor, total: Tensor, h: int) -> Tensor:
-    """Makes before and after those of blocks of 2h rows, and returns their totals [G, C/2h, J]."""
+    """Multiplies before and after by the decays of the neighbouring block, and returns the totals [G, C/2h, J]."""
     low, high = halves(total, 1)
     if before is not None:
         halves(before, h)[1].mul_(low)
@@ -74,80 +107,70 @@ def times(a: Tensor, factor: Tensor | None) -> Tensor:
     return a if factor is None else a * factor
 
 
-def pairs(q: Tensor, k: Tensor, log_decay: Tensor | None, bonus: Tensor | None, keep: bool) -> Chunks:
-    """keep: for the backward pass."""
-    chunk, exclusive = q.shape[1], bonus is not None
-    if log_decay is None:
-        found = Chunks(torch.bmm(q, k.transpose(1, 2)).tril_())
+def shared(q: Tensor, k: Tensor, factors: Factors | None, bonus: Tensor | None) -> Chunks:
+    """Decays shared by the keys of a head, or none."""
+    A = torch.bmm(q, k.transpose(1, 2))
+    if factors is None:
+        found = Chunks(A.tril_(), q, k)
     else:
-        per_key, levels = log_decay.shape[2] > 1, []
-        before, after, total = start(log_decay, exclusive)
-        A = q.new_zeros(q.shape[0], chunk, chunk)
-        h = 1
-        while h < chunk:
-            upper, lower = halves(before, h)[1], halves(after, h)[0]
-            if per_key:
-                block = (halves(q, h)[1] * upper) @ (halves(k, h)[0] * lower).transpose(2, 3)
-            else:
-                block = upper * lower.transpose(2, 3)
-            crossing(A, h).copy_(block)
-            if keep:
-                levels.append((upper.clone(), lower.clone()))
-            total = grow(before, after, total, h)
-            h *= 2
-        D = None
-        if not per_key:
-            A.diagonal(dim1=1, dim2=2).fill_(1.0)
-            D, A = A, torch.bmm(q, k.transpose(1, 2))
-            A.mul_(D)
-        found = Chunks(A, D, levels, before, after, total[:, 0])
-        exclusive = exclusive or per_key
-    if exclusive:
-        found.A.diagonal(dim1=1, dim2=2).copy_((q * times(k, bonus)).sum(2))
+        D = torch.zeros_like(A)
+        D.diagonal(dim1=1, dim2=2).fill_(1.0)
+        for h, (before, after) in zip(sizes(q.shape[1]), factors.levels):
+            torch.mul(before, after.transpose(2, 3), out=crossing(D, h))
+        found = Chunks(A.mul_(D), q * factors.before, k * factors.after, factors.total, D, factors)
+    if bonus is not None:
+        A.diagonal(dim1=1, dim2=2).copy_((q * bonus * k).sum(2))
     return found
 
 
-def summary(k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What a chunk does to the state that enters it: X [G, K, V] and total [G, J] of S' = diag(total) S + X."""
-    if log_decay is None:
-        return torch.bmm(k.transpose(1, 2), v), None
-    _, after, total = start(log_decay, False)
-    h = 1
-    while h < k.shape[1]:
+def per_key(q: Tensor, k: Tensor, log_decay: Tensor, bonus: Tensor | None, keep: bool) -> Chunks:
+    """A decay for each key. keep: for the backward pass."""
+    decay = log_decay.exp()
+    q_before, k_after, total = q * decay if bonus is None else q.clone(), k.clone(), decay
+    found = Chunks(q.new_zeros(q.shape[0], q.shape[1], q.shape[1]), q_before, k_after, None, None, None, decay)
+    found.A.diagonal(dim1=1, dim2=2).copy_((times(q, bonus) * k).sum(2))
+    for h in sizes(q.shape[1]):
+        q_high, k_low = halves(q_before, h)[1], halves(k_after, h)[0]
+        crossing(found.A, h).copy_(product(q_high, k_low.transpose(2, 3)))
+        if keep:
+            found.levels.append((q_high.clone(), k_low.clone(), *halves(total, 1)))
+        total = grow(q_before, k_after, total, h)
+    found.total = total[:, 0]
+    return found
+
+
+def summary(k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """k ∘ after [G, C, K] and total [G, K] for decays per key."""
+    after, total = k.clone(), log_decay.exp()
+    for h in sizes(k.shape[1]):
         total = grow(None, after, total, h)
-        h *= 2
-    return torch.bmm((k * after).transpose(1, 2), v), total[:, 0]
+    return after, total[:, 0]
 
 
 def gradients(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None, chunks: Chunks,
-    S: Tensor, dS: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """dq, dk, dv, dlog_decay and dbonus [G, C, K] from dy, the state S that enters and the gradient dS of that which
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bonus: Tensor | None, chunks: Chunks, S: Tensor, dS: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, dlog_decay and dbonus [G, C, K] from dy, the state S that enters and the gradient dS of the one that
     leaves."""
-    dv = torch.bmm(chunks.A.transpose(1, 2), dy).baddbmm_(times(k, chunks.after), dS)
+    dv = torch.bmm(chunks.A.transpose(1, 2), dy).baddbmm_(chunks.k_after, dS)
     dA = torch.bmm(dy, v.transpose(1, 2))
+    # of q ∘ before and of k ∘ after
     dq, dk = torch.bmm(dy, S.transpose(1, 2)), torch.bmm(v, dS.transpose(1, 2))
-    diagonal = (dy * v).sum(2, keepdim=True)
     dlog_decay = dbonus = None
-    per_key = log_decay is not None and log_decay.shape[2] > 1
-    if log_decay is not None:
-        assert chunks.before is not None
-        assert chunks.after is not None
-        assert chunks.total is not None
-        dq.mul_(chunks.before)
-        dk.mul_(chunks.after)
-        through = chunks.total[:, :, None] * S * dS
-        through = through.sum(2) if per_key else through.sum((1, 2))[:, None]
-        flows = Flows(q * dq, k * dk, through[:, None], per_key)
-        dlog_decay = _between(dq, dk, q, k, dA, chunks, flows).done(bonus is not None)
-    if not per_key:
-        dA = dA.tril_() if chunks.D is None else dA.mul_(chunks.D)
+    diagonal = (dy * v).sum(2, keepdim=True)
+    if chunks.decay is not None:
+        dlog_decay = _per_key(q, dq, dk, dA, chunks, S, dS, bonus is not None)
+    else:
+        if chunks.D is not None:
+            dlog_decay = _shared(dq, dk, dA, chunks, S, dS, bonus is not None)
+            dA.mul_(chunks.D)
+        else:
+            dA.tril_()
         if bonus is not None:
             dA.diagonal(dim1=1, dim2=2).zero_()
         dq.baddbmm_(dA, k)
         dk.baddbmm_(dA.transpose(1, 2), q)
-    if per_key or bonus is not None:
+    if chunks.decay is not None or bonus is not None:
         dq.addcmul_(diagonal, times(k, bonus))
         dk.addcmul_(diagonal, times(q, bonus))
     if bonus is not None:
@@ -155,48 +178,46 @@ def gradients(
     return dq, dk, dv, dlog_decay, dbonus
 
 
-def _between(
-    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, dA: Tensor, chunks: Chunks, flows: Flows
-) -> Flows:  # fmt: skip
-    """Adds the flows of all pairs, and with decays per key dq and dk."""
-    assert chunks.levels is not None
-    per_key = chunks.D is None
-    P = dA if per_key else dA * chunks.A
-    for level in reversed(range(len(chunks.levels))):
-        h, (before, after) = 2**level, chunks.levels[level]
-        block = crossing(P, h)
-        flows.split(h)
-        if not per_key:
-            flows.add(h, block.sum(3)[..., None], block.sum(2)[..., None])
-            continue
-        block, (k_low, q_high) = block.contiguous(), (halves(k, h)[0], halves(q, h)[1])
-        dq_high = (block @ (k_low * after)).mul_(before)
-        dk_low = (block.transpose(2, 3) @ (q_high * before)).mul_(after)
-        halves(dq, h)[1].add_(dq_high)
-        halves(dk, h)[0].add_(dk_low)
-        flows.add(h, dq_high.mul_(q_high), dk_low.mul_(k_low))
-    return flows
+def _shared(dq: Tensor, dk: Tensor, dA: Tensor, chunks: Chunks, S: Tensor, dS: Tensor, exclusive: bool) -> Tensor:
+    """dlog_decay [G, C, 1]; makes dq and dk those of q and k as far as the state goes.
+
+    through: for blocks that are halved again and again, the pairs with j before and i after the block. into, out: by
+    row, the pairs whose other row is before or after its block.
+    """
+    factors = chunks.factors
+    assert factors is not None
+    into = (chunks.q_before * dq).sum(2, keepdim=True)
+    out = (chunks.k_after * dk).sum(2, keepdim=True)
+    dq.mul_(factors.before)
+    dk.mul_(factors.after)
+    through = (factors.total * (S * dS).sum((1, 2))[:, None])[:, None]
+    P = dA * chunks.A
+    for h in reversed(sizes(dq.shape[1])):
+        pairs, high, low = crossing(P, h), halves(into, h)[1], halves(out, h)[0]
+        through = torch.stack((through + high.sum(2), through + low.sum(2)), 2).flatten(1, 2)
+        high.add_(pairs.sum(3, keepdim=True))
+        low.add_(pairs.sum(2)[..., None])
+    return through if exclusive else through + into
 
 
-class Flows:
-    """Sums over pairs j < t <= i. In blocks of rows that are halved again and again, row t has of its own block the
-    pairs whose i comes from t on (`into`, by their i), those whose j comes before it (`out`, by their j), and `through`
-    [G, blocks, J] those that span the block."""
+def _per_key(
+    q: Tensor, dq: Tensor, dk: Tensor, dA: Tensor, chunks: Chunks, S: Tensor, dS: Tensor, exclusive: bool
+) -> Tensor:
+    """dlog_decay [G, C, K]; makes dq and dk those of q and k, but for the diagonal.
 
-    def __init__(self, into: Tensor, out: Tensor, through: Tensor, per_key: bool) -> None:
-        self.into = into if per_key else into.sum(2, keepdim=True)
-        self.out = out if per_key else out.sum(2, keepdim=True)
-        self.through = through
-
-    def split(self, h: int) -> None:
-        """Blocks of 2h rows become blocks of h."""
-        into, out = halves(self.into, h)[1].sum(2), halves(self.out, h)[0].sum(2)
-        self.through = torch.stack((self.through + into, self.through + out), 2).flatten(1, 2)
-
-    def add(self, h: int, into: Tensor, out: Tensor) -> None:
-        """The pairs that meet at the borders of blocks of h."""
-        halves(self.into, h)[1].add_(into)
-        halves(self.out, h)[0].add_(out)
-
-    def done(self, exclusive: bool) -> Tensor:
-        return self.through if exclusive else self.through + self.into
+    As in `_shared`, but into is q ∘ before times its gradient and out k ∘ after times its, which are here anyway.
+    """
+    assert chunks.total is not None
+    assert chunks.decay is not None
+    through = (chunks.total * (S * dS).sum(2))[:, None]
+    for h, (q_high, k_low, low, high) in reversed(list(zip(sizes(dq.shape[1]), chunks.levels))):
+        dq_high, dk_low = halves(dq, h)[1].mul_(low), halves(dk, h)[0].mul_(high)
+        into, out = (dq_high * q_high).sum(2), (dk_low * k_low).sum(2)
+        through = torch.stack((through + into, through + out), 2).flatten(1, 2)
+        block = crossing(dA, h).contiguous()
+        dq_high.add_(block @ k_low)
+        dk_low.add_(block.transpose(2, 3) @ q_high)
+    if exclusive:
+        return through
+    dq.mul_(chunks.decay)
+    return through.addcmul_(q, dq)

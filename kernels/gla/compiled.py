@@ -18,12 +18,16 @@ from kernels.gla import chunk as algebra
 from kernels.gla import naive
 from kernels.packing import Packing
 from kernels.problem import Problem, state_dtype
+from kernels.scan import compiled as scan
+
+# of the scan over the states between chunks
+SCAN = {"chunk": 16, "inductor": 0}
 
 
 def configs(problem: Problem) -> Sequence[Mapping[str, int]]:
     """chunk: rows of a chunk. rows: how many, over all sequences and heads, are worked on at a time; 0: all."""
     if problem.device.type == "cpu":
-        return [{"chunk": 64, "rows": 4096}, {"chunk": 32, "rows": 4096}]
+        return [{"chunk": 64, "rows": 8192}, {"chunk": 32, "rows": 8192}, {"chunk": 16, "rows": 0}]
     return [{"chunk": 64, "rows": 0}, {"chunk": 32, "rows": 0}]
 
 
@@ -32,7 +36,7 @@ class Rows:
     """Rows [B, T, H, ...] in chunks of C; packed sequences are cut into chunks of their own, one batch of them all.
 
     index [n C]: the row that each row of the chunks is, `real` whether it is one; back [T]: the inverse. first [n]:
-    does a sequence begin with the chunk? owner [n]: which; last [N]: the last chunk of each.
+    does a sequence begin with the chunk? owner [n]: which; starts, last [N]: the first and the last chunk of each.
     """
 
     batch: int
@@ -46,6 +50,7 @@ class Rows:
     back: Tensor | None = None
     first: Tensor | None = None
     owner: Tensor | None = None
+    starts: Tensor | None = None
     last: Tensor | None = None
 
     @staticmethod
@@ -68,7 +73,10 @@ class Rows:
         back = starts[packing.owner] * chunk + step
         index = row.clamp(max=length - 1).flatten()
         first, last = (number == starts[owner]) & (number < ends[-1]), (ends - 1).clamp(min=0)
-        return Rows(batch, heads, length, chunk, count, packing, index, real.flatten(), back, first, owner, last)
+        starts = starts.clamp(max=count - 1)
+        return Rows(
+            batch, heads, length, chunk, count, packing, index, real.flatten(), back, first, owner, starts, last
+        )
 
     def cut(self, x: Tensor) -> Tensor:
         """Sequences as [B, T, H, ...] whose chunks belong to one sequence each."""
@@ -79,10 +87,6 @@ class Rows:
     def joined(self, x: Tensor) -> Tensor:
         """The inverse."""
         return x if self.back is None else x[:, self.back]
-
-    def empty(self, like: Tensor) -> Tensor:
-        length = self.length if self.index is None else self.index.shape[0]
-        return like.new_empty((like.shape[0], length, *like.shape[2:]))
 
     def read(self, x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """[G, C, ...] of chunks `start` to `stop`, zeros after the last row."""
@@ -118,36 +122,66 @@ class States:
     leave them. An empty sequence keeps what was given.
     """
 
-    def __init__(self, rows: Rows, given: Tensor, reverse: bool) -> None:
-        self.rows, self.given, self.reverse = rows, given, reverse
+    def __init__(self, rows: Rows, given: Tensor, reverse: bool, at_once: bool) -> None:
+        self.rows, self.given, self.reverse, self.at_once = rows, given, reverse, at_once
         self.found = given.clone()
         # of packed sequences the first chunk in time replaces it
         self.running = given.flatten(0, 1) if rows.index is None else given[0]
         if rows.owner is not None and rows.first is not None and rows.last is not None:
-            self.enters, self.leaves = (
-                rows.first,
-                torch.arange(rows.count, device=given.device) == rows.last[rows.owner],
-            )
-            if reverse:
-                self.enters, self.leaves = self.leaves, self.enters
-            if given.device.type == "cpu":
+            last = torch.arange(rows.count, device=given.device) == rows.last[rows.owner]
+            self.enters, self.leaves = (last, rows.first) if reverse else (rows.first, last)
+            if not at_once:
                 self.marks = list(zip(rows.owner.tolist(), self.enters.tolist(), self.leaves.tolist()))
 
-    def step(self, total: Tensor | None, X: Tensor, start: int, stop: int) -> Tensor:
-        """[G, K, V] for chunks `start` to `stop` with total [G, J] and X [G, K, V]."""
-        X = X.unflatten(0, (stop - start, -1))
-        total = None if total is None else total.unflatten(0, (stop - start, -1))[..., None]
-        entering, state, packed = torch.empty_like(X), self.running, self.rows.index is not None
-        for c in range(stop - start)[:: -1 if self.reverse else 1]:
+    def step(self, a: Tensor, b: Tensor, total: Tensor | None, start: int, stop: int) -> Tensor:
+        """[G, K, V] for chunks `start` to `stop` which do S -> diag(total) S + aᵀ b; a, b [G, C, ...], total [G, J]."""
+        if self.at_once:
+            return self._scan(torch.bmm(a.transpose(1, 2), b), total)
+        count = stop - start
+        at, b = a.transpose(1, 2).unflatten(0, (count, -1)), b.unflatten(0, (count, -1))
+        total = None if total is None else total.unflatten(0, (count, -1))[..., None]
+        packed = self.rows.index is not None
+        entering = a.new_empty((count, *self.running.shape))
+        # the state that leaves a chunk is written where the one that enters the next will be
+        entering[-1 if self.reverse else 0] = self.running
+        for c in range(count)[:: -1 if self.reverse else 1]:
             owner, enters, leaves = self.marks[start + c] if packed else (0, False, False)
-            entering[c] = self.given[owner] if enters else state
-            state = X[c].add_(entering[c] if total is None else total[c] * entering[c])
+            state, following = entering[c], c - 1 if self.reverse else c + 1
+            if enters:
+                state.copy_(self.given[owner])
+            after = entering[following] if 0 <= following < count else torch.empty_like(state)
+            if total is None:
+                torch.baddbmm(state, at[c], b[c], out=after)
+            else:
+                torch.mul(total[c], state, out=after)
+                after.baddbmm_(at[c], b[c])
+            self.running = after
             if leaves:
-                self.found[owner] = state
-        self.running = state
+                self.found[owner] = after
         if not packed:
-            self.found = state.view(self.given.shape)
+            self.found = self.running.view(self.given.shape)
         return entering.flatten(0, 1)
+
+    def _scan(self, X: Tensor, total: Tensor | None) -> Tensor:
+        """All chunks at once: a scan over the chunks, without a loop that grows with T."""
+        rows, given = self.rows, self.given
+        X = X.unflatten(0, (rows.count, -1))
+        A = torch.ones_like(X) if total is None else total.view(*X.shape[:2], -1, 1).expand_as(X).contiguous()
+        if rows.owner is not None:
+            enters = self.enters[:, None, None, None]
+            at_start = given[rows.owner]
+            X, A = torch.where(enters, A * at_start + X, X), torch.where(enters, 0, A)
+        entering, last = scan.states(
+            A.flatten(1)[None], X.flatten(1)[None], self.running.flatten()[None], False, self.reverse, SCAN
+        )
+        entering = entering[0].view(X.shape)
+        if rows.owner is None or rows.last is None:
+            self.found = last.view(given.shape)
+            return entering.flatten(0, 1)
+        leaving = A * entering + X
+        index = rows.starts if self.reverse else rows.last
+        self.found = rows.packing.unless_empty(leaving[index], given)
+        return torch.where(enters, at_start, entering).flatten(0, 1)
 
 
 def forward(
@@ -164,22 +198,21 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, V], final_state [N, H, K, V])"""
     dtype = state_dtype(q.dtype)
-    rows = Rows.of(q, cu_seqlens, config["chunk"])
-    initial = _given(initial_state, q, v, rows)
-    if rows.length == 1 and cu_seqlens is None:
+    if q.shape[1] == 1 and cu_seqlens is None:
+        initial = _given(initial_state, q, v, q.shape[0])
         decay = None if log_decay is None else log_decay[:, 0]
-        final_state, y = naive.step(initial, q[:, 0].to(dtype), k[:, 0].to(dtype), v[:, 0].to(dtype), decay, bonus)
-        return (scale * y[:, None]).to(v.dtype), final_state
-    q, k, v, log_decay = rows.cut(q), rows.cut(k), rows.cut(v), None if log_decay is None else rows.cut(log_decay)
-    y, states = torch.empty_like(v, memory_format=torch.contiguous_format), States(rows, initial, False)
-    for start, stop in _parts(rows, config):
-        q_, k_, v_ = (rows.read(x, start, stop, dtype) for x in (q, k, v))
-        decay = None if log_decay is None else rows.read(log_decay, start, stop, dtype)
-        bonuses = None if bonus is None else _per_chunk(bonus, rows, start, stop)
-        chunks = algebra.pairs(q_, k_, decay, bonuses, False)
-        k_after, q_before = algebra.times(k_, chunks.after), algebra.times(q_, chunks.before)
-        S = states.step(chunks.total, torch.bmm(k_after.transpose(1, 2), v_), start, stop)
-        rows.write(y, torch.bmm(chunks.A, v_).baddbmm_(q_before, S), start, stop, scale)
+        final_state, row = naive.step(initial, q[:, 0].to(dtype), k[:, 0].to(dtype), v[:, 0].to(dtype), decay, bonus)
+        return (scale * row[:, None]).to(v.dtype).contiguous(), final_state
+    problem = _Problem(q, k, v, log_decay, bonus, cu_seqlens, config)
+    rows = problem.rows
+    v, initial = problem.v, _given(initial_state, q, v, rows.packing.sequences)
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    states = States(rows, initial, False, not config["rows"])
+    for start, stop in problem.parts():
+        q_, k_, v_ = (rows.read(x, start, stop, dtype) for x in (problem.q, problem.k, v))
+        chunks = problem.chunks(q_, k_, start, stop, False)
+        S = states.step(chunks.k_after, v_, chunks.total, start, stop)
+        rows.write(y, torch.bmm(chunks.A, v_).baddbmm_(chunks.q_before, S), start, stop, scale)
     return rows.joined(y), states.found
 
 
@@ -200,33 +233,28 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dlog_decay, dinitial_state, dbonus), each None where `needs` says so."""
     dtype = state_dtype(q.dtype)
-    rows = Rows.of(q, cu_seqlens, config["chunk"])
-    initial = _given(initial_state, q, v, rows)
-    dfinal = torch.zeros_like(initial) if dfinal_state is None else dfinal_state
-    dy = torch.zeros_like(v) if dy is None else dy
-    q, k, v, dy = (rows.cut(x) for x in (q, k, v, dy))
-    log_decay = None if log_decay is None else rows.cut(log_decay)
-    like = (q, k, v, log_decay)
+    problem = _Problem(q, k, v, log_decay, bonus, cu_seqlens, config)
+    rows, at_once = problem.rows, not config["rows"]
+    initial = _given(initial_state, q, v, rows.packing.sequences)
+    dy = rows.cut(torch.zeros_like(v) if dy is None else dy)
+    q, k, v, log_decay = problem.q, problem.k, problem.v, problem.log_decay
     out = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
-        for x, need in zip(like, needs)
+        for x, need in zip((q, k, v, log_decay), needs)
     ]
-    states, entered = States(rows, initial, False), {}
-    for start, stop in _parts(rows, config):
+    states, entered = States(rows, initial, False, at_once), {}
+    for start, stop in problem.parts():
         k_, v_ = rows.read(k, start, stop, dtype), rows.read(v, start, stop, dtype)
-        decay = None if log_decay is None else rows.read(log_decay, start, stop, dtype)
-        X, total = algebra.summary(k_, v_, decay)
-        entered[start] = states.step(total, X, start, stop)
-    dstates, dbonus = States(rows, dfinal, True), None
-    for start, stop in reversed(_parts(rows, config)):
+        entered[start] = states.step(*problem.summary(k_, start, stop, v_), start, stop)
+    dstates = States(rows, torch.zeros_like(initial) if dfinal_state is None else dfinal_state, True, at_once)
+    dbonus = None
+    for start, stop in reversed(problem.parts()):
         dy_, q_, k_, v_ = (rows.read(x, start, stop, dtype) for x in (dy, q, k, v))
-        decay = None if log_decay is None else rows.read(log_decay, start, stop, dtype)
-        bonuses = None if bonus is None else _per_chunk(bonus, rows, start, stop)
         dy_.mul_(scale)
-        chunks = algebra.pairs(q_, k_, decay, bonuses, True)
-        X = torch.bmm(algebra.times(q_, chunks.before).transpose(1, 2), dy_)
-        dS = dstates.step(chunks.total, X, start, stop)
-        *found, db = algebra.gradients(dy_, q_, k_, v_, decay, bonuses, chunks, entered.pop(start), dS)
+        chunks = problem.chunks(q_, k_, start, stop, True)
+        dS = dstates.step(chunks.q_before, dy_, chunks.total, start, stop)
+        repeated = problem.bonuses(start, stop)
+        *found, db = algebra.gradients(dy_, q_, k_, v_, repeated, chunks, entered.pop(start), dS)
         for x, gradient in zip(out, found):
             if x is not None and gradient is not None:
                 rows.write(x, gradient, start, stop)
@@ -237,17 +265,54 @@ def backward(
     return (*[None if x is None else rows.joined(x) for x in out], dinitial, dbonus)
 
 
-def _given(state: Tensor | None, q: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    shape = (rows.packing.sequences, q.shape[2], q.shape[3], v.shape[3])
+class _Problem:
+    """The inputs, cut into chunks."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None,
+        cu_seqlens: Tensor | None, config: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self.rows = rows = Rows.of(q, cu_seqlens, config["chunk"])
+        self.q, self.k, self.v, self.bonus, self.config = rows.cut(q), rows.cut(k), rows.cut(v), bonus, config
+        self.log_decay = None if log_decay is None else rows.cut(log_decay)
+        self.factors: algebra.Factors | None = None
+        if self.log_decay is not None and self.log_decay.shape[3] == 1:
+            # so few numbers that they are made for all chunks at once
+            read = rows.read(self.log_decay, 0, rows.count, self.log_decay.dtype)
+            self.factors = algebra.Factors.of(read, bonus is not None)
+
+    def parts(self) -> list[tuple[int, int]]:
+        """The chunks that are worked on at a time."""
+        rows, number = self.rows, self.rows.count
+        if self.config["rows"]:
+            number = max(1, self.config["rows"] // (rows.chunk * rows.batch * rows.heads))
+        return [(start, min(start + number, rows.count)) for start in range(0, rows.count, number)]
+
+    def bonuses(self, start: int, stop: int) -> Tensor | None:
+        """[H, K] as [G, 1, K]"""
+        return None if self.bonus is None else self.bonus.repeat((stop - start) * self.rows.batch, 1)[:, None]
+
+    def _factors(self, start: int, stop: int) -> algebra.Factors | None:
+        each = self.rows.batch * self.rows.heads
+        return None if self.factors is None else self.factors.part(start * each, stop * each)
+
+    def chunks(self, q: Tensor, k: Tensor, start: int, stop: int, keep: bool) -> algebra.Chunks:
+        bonus = self.bonuses(start, stop)
+        if self.log_decay is None or self.factors is not None:
+            return algebra.shared(q, k, self._factors(start, stop), bonus)
+        return algebra.per_key(q, k, self.rows.read(self.log_decay, start, stop, q.dtype), bonus, keep)
+
+    def summary(self, k: Tensor, start: int, stop: int, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """k ∘ after, v and total: what the chunks do to the state."""
+        factors = self._factors(start, stop)
+        if self.log_decay is None:
+            return k, v, None
+        if factors is not None:
+            return k * factors.after, v, factors.total
+        k, total = algebra.summary(k, self.rows.read(self.log_decay, start, stop, k.dtype))
+        return k, v, total
+
+
+def _given(state: Tensor | None, q: Tensor, v: Tensor, sequences: int) -> Tensor:
+    shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
     return q.new_zeros(shape, dtype=state_dtype(q.dtype)) if state is None else state
-
-
-def _parts(rows: Rows, config: Mapping[str, int]) -> list[tuple[int, int]]:
-    """The chunks that are worked on at a time."""
-    number = max(1, config["rows"] // (rows.chunk * rows.batch * rows.heads)) if config["rows"] else rows.count
-    return [(start, min(start + number, rows.count)) for start in range(0, rows.count, number)]
-
-
-def _per_chunk(bonus: Tensor, rows: Rows, start: int, stop: int) -> Tensor:
-    """[H, K] as [G, 1, K]"""
-    return bonus.repeat((stop - start) * rows.batch, 1)[:, None]
