@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mixers
+from mixers import checks
 from mixers.mixer import SequenceMixer
 
 
@@ -222,6 +223,24 @@ def test_mamba_starts_as_published() -> None:
     assert layer.dt_rank == 4
     assert 0.49 < layer.dt_proj.weight.abs().max() <= 0.5
     assert (layer.D == 1).all()
+
+
+# Options that change the equation
+VARIANTS: dict[str, checks.Make] = {
+    "minlstm": lambda dim: mixers.build("minlstm", dim, expand=2, candidate="identity", bias=False),
+    "lru": lambda dim: mixers.build("lru", dim, states=5, r_min=0.9, r_max=0.999, max_phase=0.3),
+    "qrnn": lambda dim: mixers.build("qrnn", dim, window=3, pooling="ifo", bias=False),
+    "qrnn of one token": lambda dim: mixers.build("qrnn", dim, window=1, pooling="f"),
+    "s4d": lambda dim: mixers.build("s4d", dim, states=4, init="inv", glu=False, activation="identity"),
+    "gated_conv": lambda dim: mixers.build("gated_conv", dim, short_conv=5, bias=True),
+    "mamba": lambda dim: mixers.build("mamba", dim, expand=1, states=3, short_conv=2, bias=True, conv_bias=False),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_obey_the_laws(name: str) -> None:
+    laws = [law for law in checks.LAWS if law not in checks.SLOW]
+    checks.run(VARIANTS[name], laws=laws, examples=2)
 
 
 WRONG: dict[str, tuple[str, Any]] = {
