@@ -72,6 +72,13 @@ def test_show_has_the_equation_every_option_and_the_size(name: str) -> None:
     assert f"parameters {parameters:,} at dim 64" in printed
 
 
+def test_the_page_of_all_mixers_is_what_the_registry_gives() -> None:
+    path = ROOT / "docs" / "mixers.md"
+    made = CliRunner().invoke(app, ["list", "--markdown"]).output
+    assert path.read_text(encoding="utf-8") == made, "run: mixers list --markdown > docs/mixers.md"
+    assert made.count("\n## ") == len(mixers.names()) + 1
+
+
 def test_show_builds_with_the_options_given() -> None:
     printed = run("show", "hgrn", "--dim", "64", "-o", "complex=false", "-o", "norm=rms")
     assert "state 64 numbers" in printed

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Group
 from rich.padding import Padding
 from rich.panel import Panel
@@ -23,8 +24,17 @@ from mixers.mixer import SequenceMixer
 SHORT, LONG = 1024, 4096
 
 
-def list_mixers(dim: Dim = 512, device: Device = None) -> None:
+def list_mixers(
+    dim: Dim = 512,
+    device: Device = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/mixers.md instead.")] = False,
+) -> None:
     """Lists every mixer: its family, its state, and the kernels it runs on here."""
+    if markdown:
+        from mixers.commands.page import page
+
+        typer.echo(page(), nl=False)
+        return
     console, where = common.console(), common.device_of(device)
     table = common.table("name", "family", f"state at dim {dim}", "kernels here", "source")
     for name in registry.names():
@@ -36,7 +46,11 @@ def list_mixers(dim: Dim = 512, device: Device = None) -> None:
             continue
         kernels = [Text(f"{op}: {', '.join(backends_here(OPS[op], where)) or 'none'}") for op in mixer.ops if op in OPS]
         table.add_row(
-            Text(name, "bold cyan"), mixer.family, _state(mixer), Group(*kernels) if kernels else "torch", mixer.source
+            Text(name, "bold cyan"),
+            mixer.family,
+            state_of(mixer),
+            Group(*kernels) if kernels else "torch",
+            mixer.source,
         )
     console.print(table)
     console.print()
@@ -73,7 +87,7 @@ def show(name: Name, dim: Dim = 512, option: Options = None) -> None:
     parameters = sum(p.numel() for p in mixer.parameters())
     facts = common.table("", "", show_header=False)
     facts.add_row("parameters", f"{parameters:,} at dim {dim}")
-    facts.add_row("state", f"{_state(mixer)} numbers a sequence")
+    facts.add_row("state", f"{state_of(mixer)} numbers a sequence")
     facts.add_row("kernels", ", ".join(mixer.ops) or "torch alone")
     if mixer.source:
         facts.add_row("source", mixer.source)
@@ -100,14 +114,14 @@ def _arguments(text: str) -> tuple[str, dict[str, str]]:
     if match is None:
         return text, {}
     found: dict[str, str] = {}
-    name = ""
+    # options that belong together share an entry
+    names: list[str] = []
     for line in match[1].splitlines():
-        entry = re.match(r" {4}(\w+):\s*(.*)", line)
+        entry = re.match(r" {4}(\w+(?:, \w+)*):\s*(.*)", line)
         if entry:
-            name = entry[1]
-            found[name] = entry[2]
-        elif name and line.strip():
-            found[name] += f" {line.strip()}"
+            names = entry[1].split(", ")
+        for name in names if line.strip() else []:
+            found[name] = entry[2] if entry else f"{found[name]} {line.strip()}"
     return text[: match.start()] + text[match.end() :], found
 
 
@@ -128,7 +142,8 @@ def _default(value: Any) -> str:
     return "required" if value is inspect.Parameter.empty else repr(value)
 
 
-def _state(mixer: SequenceMixer) -> str:
+def state_of(mixer: SequenceMixer) -> str:
+    """The numbers in the state of one sequence, or how many each token adds."""
     short, long = mixer.state_size(SHORT), mixer.state_size(LONG)
     if not mixer.causal:
         return "none"
