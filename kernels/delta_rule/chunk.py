@@ -1,11 +1,11 @@
 """The delta rule and its generalisation in chunks of rows: matrix products inside a chunk, a loop over chunks.
 
-    u[t] = w[t] − S[t-1 or t]ᵀ a[t],   S[t] = diag(d[t]) S[t-1] + b[t] u[t]ᵀ (+ k[t] v[t]ᵀ),   y[t] = S[t]ᵀ q[t]
+    u[t] = w[t] + S[t-1]ᵀ a[t],   S[t] = diag(d[t]) S[t-1] + b[t] u[t]ᵀ (+ k[t] v[t]ᵀ),   y[t] = S[t]ᵀ q[t]
 
-where a[t] reads the state after the decay of its own row, or with `before` before it. The delta rule is a = β k, b = k,
+where a[t] reads the state after the decay of its own row, or with `before` before it. The delta rule: a = −β k, b = k,
 w = β v. With the products of rows inside a chunk (`decays`), A those of a and b below the diagonal, M those of q and b,
 
-    (I + A) u = w − ã S₀,   y = q̃ S₀ + M u,   S = c S₀ + b̃ᵀ u
+    (I − A) u = w + ã S₀,   y = q̃ S₀ + M u,   S = c S₀ + b̃ᵀ u
 
 for the state S₀ that enters the chunk, the rows ã, q̃ that read it, the rows b̃ that reach the state that leaves, and
 what is left c. docs/derivations/delta_rule.md has the steps, and the gradient's.
@@ -25,6 +25,14 @@ from kernels.delta_rule.decays import decays, inverse
 def keep(state: Tensor, total: Tensor | None, out: Tensor) -> Tensor:
     """What is left of a state after a chunk."""
     return out.copy_(state) if total is None else torch.mul(state, total, out=out)
+
+
+def keep_backward(dentering: Tensor, total: Tensor | None, dleaving: Tensor) -> None:
+    """Adds the gradient of what was kept to that of the state which entered."""
+    if total is None:
+        dentering.add_(dleaving)
+    else:
+        dentering.addcmul_(dleaving, total)
 
 
 class Segment:
@@ -53,7 +61,7 @@ class Segment:
         self.reads, self.writes = decay.read(a, before), decay.write(b)
         if k is not None and v is not None:
             self.B, self.second = decay.products(a, k, before, -1), decay.write(k)
-            w = torch.bmm(self.B, v).neg_()
+            w = torch.bmm(self.B, v)
         self.w = w
 
     def each(self, x: Tensor) -> Sequence[Tensor]:
@@ -74,7 +82,7 @@ class Segment:
             added = self.each(torch.bmm(self.second.transpose(1, 2), self.v))
         writes, totals = self.writes.transpose(1, 2), self.totals()
         for i, (w, reads, T, write) in enumerate(zip(*map(self.each, (self.w, self.reads, self.T, writes)))):
-            torch.bmm(T, torch.baddbmm(w, reads, states[i], alpha=-1), out=u[i])
+            torch.bmm(T, w.baddbmm_(reads, states[i]), out=u[i])
             keep(states[i], totals[i], out=states[i + 1])
             if added is not None:
                 states[i + 1] += added[i]
@@ -94,28 +102,25 @@ class Segment:
         decay, reads_q, u, before = self.decay, self.decay.read(self.q), self.u, self.before
         M = decay.products(self.q, self.b)
         dq = decay.read_backward(torch.bmm(dy, self.entering.transpose(1, 2)), self.q)
-        more, db = decay.products_backward(torch.bmm(dy, u.transpose(1, 2)), M, self.q, self.b)
-        dq += more
         du_inside, dentering = torch.bmm(M.transpose(1, 2), dy), torch.bmm(reads_q.transpose(1, 2), dy)
-        leaving, dw = torch.empty_like(self.entering), torch.empty_like(u)
-        steps = zip(*map(self.each, (du_inside, dentering, self.writes, self.T.transpose(1, 2), leaving, dw)))
-        reads, totals = self.each(self.reads.transpose(1, 2)), self.totals()
-        for i, (du, dinside, write, T, dleaving, dw_out) in reversed(list(enumerate(steps))):
-            dleaving.copy_(dstate)
-            torch.bmm(T, torch.baddbmm(du, write, dstate), out=dw_out)
-            dstate = keep(dstate, totals[i], out=torch.empty_like(dstate)).add_(dinside)
-            dstate.baddbmm_(reads[i], dw_out, alpha=-1)
-        dleaving = leaving
+        # the gradients of the states that leave the chunks, and last that of the one which enters the first
+        states, dw = torch.cat([dentering, dstate]).view(self.n + 1, *dstate.shape), torch.empty_like(u)
+        steps = zip(*map(self.each, (du_inside, self.reads.transpose(1, 2), self.writes, self.T.transpose(1, 2), dw)))
+        totals = self.totals()
+        for i, (du, reads, write, T, dw_out) in reversed(list(enumerate(steps))):
+            torch.bmm(T, du.baddbmm_(write, states[i + 1]), out=dw_out)
+            keep_backward(states[i], totals[i], states[i + 1])
+            states[i].baddbmm_(reads, dw_out)
+        dleaving = states[1:].view(self.entering.shape)
         decay.keep_backward(dleaving, self.entering)
-        db += decay.write_backward(torch.bmm(u, dleaving.transpose(1, 2)), self.b)
-        da = decay.read_backward(torch.bmm(dw, self.entering.transpose(1, 2)).neg_(), self.a, before)
-        dA = torch.bmm(dw, u.transpose(1, 2)).neg_()
-        for total, found in zip((da, db), decay.products_backward(dA, self.A, self.a, self.b, before, -1)):
-            total += found
+        db = decay.write_backward(torch.bmm(u, dleaving.transpose(1, 2)), self.b)
+        da = decay.read_backward(torch.bmm(dw, self.entering.transpose(1, 2)), self.a, before)
+        decay.products_backward(torch.bmm(dy, u.transpose(1, 2)), M, self.q, self.b, dq, db)
+        decay.products_backward(torch.bmm(dw, u.transpose(1, 2)), self.A, self.a, self.b, da, db, before, -1)
         gradients = {"q": dq, "a": da, "b": db, "w": dw}
         if self.k is not None and self.v is not None:
             gradients |= self._second_backward(dy, dw, dleaving, dq, da)
-        return dstate, {**gradients, "g": decay.gradient()}
+        return states[0], {**gradients, "g": decay.gradient()}
 
     def _second_backward(self, dy: Tensor, dw: Tensor, dleaving: Tensor, dq: Tensor, da: Tensor) -> dict[str, Any]:
         """Gradients of k and v; dq and da get their share."""
@@ -124,11 +129,8 @@ class Segment:
         decay, q, k, v = self.decay, self.q, self.k, self.v
         N, vT = decay.products(q, k), v.transpose(1, 2)
         dv = torch.bmm(N.transpose(1, 2), dy).baddbmm_(self.second, dleaving)
-        dv.baddbmm_(self.B.transpose(1, 2), dw, alpha=-1)
+        dv.baddbmm_(self.B.transpose(1, 2), dw)
         dk = decay.write_backward(torch.bmm(v, dleaving.transpose(1, 2)), k)
-        for total, found in zip((dq, dk), decay.products_backward(torch.bmm(dy, vT), N, q, k)):
-            total += found
-        dB = torch.bmm(dw, vT).neg_()
-        for total, found in zip((da, dk), decay.products_backward(dB, self.B, self.a, k, self.before, -1)):
-            total += found
+        decay.products_backward(torch.bmm(dy, vT), N, q, k, dq, dk)
+        decay.products_backward(torch.bmm(dw, vT), self.B, self.a, k, da, dk, self.before, -1)
         return {"k": dk, "v": dv}

@@ -28,7 +28,7 @@ def cannot(problem: Problem) -> list[str]:
 
 
 def segment(sequences: int, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> Segment:
-    return Segment(sequences, q, beta * k, k, beta * v, g)
+    return Segment(sequences, q, (-beta) * k, k, beta * v, g)
 
 
 def segment_backward(s: Segment, dy: Tensor, dstate: Tensor, rows: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -38,8 +38,8 @@ def segment_backward(s: Segment, dy: Tensor, dstate: Tensor, rows: Sequence[Tens
     assert v is not None
     assert beta is not None
     dstate, d = s.backward(dy, dstate)
-    dbeta = (d["a"] * k).sum(-1, keepdim=True) + (d["w"] * v).sum(-1, keepdim=True)
-    return dstate, d["q"], d["b"].addcmul_(beta, d["a"]), beta * d["w"], dbeta, d["g"]
+    dbeta = (d["w"] * v).sum(-1, keepdim=True) - (d["a"] * k).sum(-1, keepdim=True)
+    return dstate, d["q"], d["b"].addcmul_(beta, d["a"], value=-1), beta * d["w"], dbeta, d["g"]
 
 
 def forward(

@@ -66,11 +66,13 @@ class Undecayed:
         return torch.bmm(x, y.transpose(1, 2)).tril_(diagonal)
 
     def products_backward(
-        self, d: Tensor, found: Tensor, x: Tensor, y: Tensor, before: bool = False, diagonal: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """dx, dy; d, the gradient of the products found, is overwritten."""
+        self, d: Tensor, found: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, before: bool = False,
+        diagonal: int = 0,
+    ) -> None:  # fmt: skip
+        """Adds to dx and dy; d, the gradient of the products found, is overwritten."""
         d = d.tril_(diagonal)
-        return torch.bmm(d, y), torch.bmm(d.transpose(1, 2), x)
+        dx.baddbmm_(d, y)
+        dy.baddbmm_(d.transpose(1, 2), x)
 
     def gradient(self) -> Tensor | None:
         """That of g, from all the backward calls."""
@@ -118,7 +120,8 @@ class PerHead(Undecayed):
         return dx
 
     def keep_backward(self, dleaving: Tensor, entering: Tensor) -> None:
-        self.dtotal += (dleaving * entering).sum((1, 2))[:, None, None] * self.total
+        dot = torch.bmm(dleaving.reshape(len(dleaving), 1, -1), entering.reshape(len(entering), -1, 1))
+        self.dtotal.addcmul_(dot, self.total)
 
     def products(self, x: Tensor, y: Tensor, before: bool = False, diagonal: int = 0) -> Tensor:
         found = torch.bmm(x, y.transpose(1, 2)).mul_(self._between(before))
@@ -127,8 +130,9 @@ class PerHead(Undecayed):
         return found
 
     def products_backward(
-        self, d: Tensor, found: Tensor, x: Tensor, y: Tensor, before: bool = False, diagonal: int = 0
-    ) -> tuple[Tensor, Tensor]:
+        self, d: Tensor, found: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, before: bool = False,
+        diagonal: int = 0,
+    ) -> None:  # fmt: skip
         along = d * found
         if before:
             along = torch.cat([along[:, 1:], torch.zeros_like(along[:, :1])], 1)
@@ -136,7 +140,8 @@ class PerHead(Undecayed):
         d = d.mul_(self._between(before))
         if diagonal:
             d.diagonal(dim1=1, dim2=2).zero_()
-        return torch.bmm(d, y), torch.bmm(d.transpose(1, 2), x)
+        dx.baddbmm_(d, y)
+        dy.baddbmm_(d.transpose(1, 2), x)
 
     def gradient(self) -> Tensor:
         # g[t] is in the entries (i, j) with j < t ≤ i, in the reads from t on and the writes before t
@@ -206,12 +211,14 @@ class PerKey(Undecayed):
         return found
 
     def products_backward(
-        self, d: Tensor, found: Tensor, x: Tensor, y: Tensor, before: bool = False, diagonal: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        dx, dy, s = torch.zeros_like(x), torch.zeros_like(y), 1
+        self, d: Tensor, found: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, before: bool = False,
+        diagonal: int = 0,
+    ) -> None:  # fmt: skip
+        s = 1
         if not before and diagonal == 0:
             along = d.diagonal(dim1=1, dim2=2)[..., None]
-            dx, dy = along * y, along * x
+            dx.addcmul_(along, y)
+            dy.addcmul_(along, x)
         for (P, R, Q), (dP, dR, dQ) in zip(self.levels, self.dlevels):
             read, dread = (R, dR) if before else (P, dP)
             x1, y0, corner = halves(x, s)[1], halves(y, s)[0], corners(d, s)
@@ -222,7 +229,6 @@ class PerKey(Undecayed):
             dread.addcmul_(dx1, x1)
             dQ.addcmul_(dy0, y0)
             s *= 2
-        return dx, dy
 
     def gradient(self) -> Tensor:
         dP, dR, dQ, s = self.dprefix.clone(), self.dbefore.clone(), self.dsuffix.clone(), self.g.shape[1]
@@ -251,8 +257,8 @@ def corners(x: Tensor, s: int, upper: int = 1, lower: int = 0) -> Tensor:
 
 
 def inverse(A: Tensor) -> Tensor:
-    """(I + A)⁻¹ of strictly lower A [G, C, C], from blocks of two rows up:  [X 0; B Z]⁻¹ = [X' 0; −Z' B X'  Z']."""
-    inverted, s = -A, 2
+    """(I − A)⁻¹ of strictly lower A [G, C, C], from blocks of two rows up:  [X 0; −B Z]⁻¹ = [X' 0; Z' B X'  Z']."""
+    inverted, s = A.clone(), 2
     inverted.diagonal(dim1=1, dim2=2).add_(1)
     while s < A.shape[1]:
         corner = corners(inverted, s)

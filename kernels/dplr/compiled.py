@@ -16,15 +16,13 @@ __all__ = ["backward", "cannot", "configs", "forward"]
 
 
 def segment(sequences: int, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Segment:
-    # here aᵀ S is added to what is written, there it is subtracted
-    return Segment(sequences, q, -a, b, None, g, k, v, before=True)
+    return Segment(sequences, q, a, b, None, g, k, v, before=True)
 
 
 def segment_backward(s: Segment, dy: Tensor, dstate: Tensor, rows: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """dstate and the gradients of q, k, v, a, b, g."""
     dstate, d = s.backward(dy, dstate)
-    assert d["a"] is not None
-    return dstate, d["q"], d["k"], d["v"], d["a"].neg_(), d["b"], d["g"]
+    return dstate, d["q"], d["k"], d["v"], d["a"], d["b"], d["g"]
 
 
 def forward(
