@@ -348,6 +348,24 @@ def test_compare_says_what_got_slower_and_what_is_noise(tmp_path: Path) -> None:
     assert "which is no file" in run("compare", str(old), str(tmp_path / "none.json"), code=2)
 
 
+def test_calibrate_checks_tunes_and_goes_on_where_it_was(
+    table: autotune.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in a folder without benchmarks, and with one op to check
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "OPS", {"short_conv": OPS["short_conv"]})
+    arguments = ("calibrate", "--minutes", "0.1", "--mixer", "mingru", "--dim", "8", "--length", "9", "--length", "1")
+    printed = run(*arguments)
+    assert re.search(r"short_conv naive 34/34 ✓ 34/34 ✓ \S+ \S+ right", printed)
+    # float32 and bfloat16, forward and backward at 9 tokens, forward at 1
+    assert "6 problems" in printed
+    assert "no folder benchmarks here" in printed
+    assert table.read()
+    again = re.search(r"(\d+) new measurements, 0 failures", run(*arguments))
+    assert again is not None
+    assert int(again[1]) < len(table.read())
+
+
 def test_of_several_files_the_last_counts(tmp_path: Path) -> None:
     files = [benchmark_json(tmp_path / "a.json"), benchmark_json(tmp_path / "b.json", seconds=1e-2)]
     tables.write(files, tmp_path)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mixers.commands import catalogue, common, demo, doctor, explain, tables, tune
+from mixers.commands import calibrate, catalogue, common, demo, doctor, explain, tables, tune
 
 app = typer.Typer(
     name="mixers",
@@ -35,4 +35,5 @@ app.command("doctor")(doctor.doctor)
 app.command("tune")(tune.tune)
 app.command("tables")(tables.tables)
 app.command("compare")(tables.compare)
+app.command("calibrate")(calibrate.calibrate)
 app.command("demo")(demo.demo)
