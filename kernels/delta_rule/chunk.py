@@ -1,11 +1,12 @@
 """The delta rule and its generalisation in chunks of rows: matrix products inside a chunk, a loop over chunks.
 
-    u[t] = w[t] + S[t-1]ᵀ a[t],   S[t] = diag(d[t]) S[t-1] + b[t] u[t]ᵀ (+ k[t] v[t]ᵀ),   y[t] = S[t]ᵀ q[t]
+    u[t] = β[t] (w[t] ± S[t-1]ᵀ a[t]),   S[t] = diag(d[t]) S[t-1] + b[t] u[t]ᵀ (+ k[t] v[t]ᵀ),   y[t] = S[t]ᵀ q[t]
 
-where a[t] reads the state after the decay of its own row, or with `before` before it. The delta rule: a = −β k, b = k,
-w = β v. With the products of rows inside a chunk (`decays`), A those of a and b below the diagonal, M those of q and b,
+where a[t] reads the state after the decay of its own row, or with `before` before it. The delta rule is a = b = k,
+w = v and the minus. With the products of rows inside a chunk (`decays`), A those of a and b below the diagonal and M
+those of q and b,
 
-    (I − A) u = w + ã S₀,   y = q̃ S₀ + M u,   S = c S₀ + b̃ᵀ u
+    (I ∓ β A) u = β (w ± ã S₀),   y = q̃ S₀ + M u,   S = c S₀ + b̃ᵀ u
 
 for the state S₀ that enters the chunk, the rows ã, q̃ that read it, the rows b̃ that reach the state that leaves, and
 what is left c. docs/derivations/delta_rule.md has the steps, and the gradient's.
@@ -38,7 +39,8 @@ def keep_backward(dentering: Tensor, total: Tensor | None, dleaving: Tensor) -> 
 class Segment:
     """A few chunks of M sequences and heads, one chunk after the other in [G, C, ...], G = n M.
 
-    q, a, b [G, C, K]; w [G, C, V], or None for zeros; g [G, C, J]; k, v: the second thing that is written, if any.
+    q, a, b [G, C, K]; w [G, C, V], which is overwritten, or None for zeros; g [G, C, J]; beta [G, C, 1], and with it
+    the minus, or None for 1 and the plus; k, v: the second thing that is written, if any, which is then also read.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Segment:
         b: Tensor,
         w: Tensor | None,
         g: Tensor | None,
+        beta: Tensor | None = None,
         k: Tensor | None = None,
         v: Tensor | None = None,
         before: bool = False,
@@ -57,11 +60,14 @@ class Segment:
         self.q, self.a, self.b, self.k, self.v = q, a, b, k, v
         self.decay = decay = decays(g, q)
         self.A = decay.products(a, b, before, -1)
-        self.T = inverse(self.A)
+        self.sign = 1 if beta is None else -1
+        self.inverse = inverse(self.A.clone() if beta is None else self.A * -beta)
+        self.T = self.inverse if beta is None else self.inverse * beta.transpose(1, 2)
         self.reads, self.writes = decay.read(a, before), decay.write(b)
         if k is not None and v is not None:
             self.B, self.second = decay.products(a, k, before, -1), decay.write(k)
             w = torch.bmm(self.B, v)
+        assert w is not None
         self.w = w
 
     def each(self, x: Tensor) -> Sequence[Tensor]:
@@ -73,7 +79,6 @@ class Segment:
 
     def run(self, state: Tensor) -> Tensor:
         """The state [M, K, V] after the last chunk; what enters each chunk and u are kept."""
-        assert self.w is not None
         C, K, V = self.q.shape[1], *state.shape[1:]
         states, u = state.new_empty(self.n + 1, *state.shape), state.new_empty(self.n, self.M, C, V)
         states[0] = state
@@ -82,7 +87,7 @@ class Segment:
             added = self.each(torch.bmm(self.second.transpose(1, 2), self.v))
         writes, totals = self.writes.transpose(1, 2), self.totals()
         for i, (w, reads, T, write) in enumerate(zip(*map(self.each, (self.w, self.reads, self.T, writes)))):
-            torch.bmm(T, w.baddbmm_(reads, states[i]), out=u[i])
+            torch.bmm(T, w.baddbmm_(reads, states[i], alpha=self.sign), out=u[i])
             keep(states[i], totals[i], out=states[i + 1])
             if added is not None:
                 states[i + 1] += added[i]
@@ -110,17 +115,25 @@ class Segment:
         for i, (du, reads, write, T, dw_out) in reversed(list(enumerate(steps))):
             torch.bmm(T, du.baddbmm_(write, states[i + 1]), out=dw_out)
             keep_backward(states[i], totals[i], states[i + 1])
-            states[i].baddbmm_(reads, dw_out)
+            states[i].baddbmm_(reads, dw_out, alpha=self.sign)
         dleaving = states[1:].view(self.entering.shape)
         decay.keep_backward(dleaving, self.entering)
         db = decay.write_backward(torch.bmm(u, dleaving.transpose(1, 2)), self.b)
-        da = decay.read_backward(torch.bmm(dw, self.entering.transpose(1, 2)), self.a, before)
+        da = decay.read_backward(self._signed(dw, self.entering), self.a, before)
         decay.products_backward(torch.bmm(dy, u.transpose(1, 2)), M, self.q, self.b, dq, db)
-        decay.products_backward(torch.bmm(dw, u.transpose(1, 2)), self.A, self.a, self.b, da, db, before, -1)
-        gradients = {"q": dq, "a": da, "b": db, "w": dw}
+        decay.products_backward(self._signed(dw, u), self.A, self.a, self.b, da, db, before, -1)
+        gradients: dict[str, Any] = {"q": dq, "a": da, "b": db, "w": dw}
         if self.k is not None and self.v is not None:
             gradients |= self._second_backward(dy, dw, dleaving, dq, da)
+        if self.sign < 0:
+            # of beta: the product of what it scaled and the gradient of what came of that
+            error, dscaled = self.w.baddbmm_(self.A, u, alpha=-1), torch.bmm(self.inverse.transpose(1, 2), du_inside)
+            gradients["beta"] = dscaled.mul_(error).sum(-1, keepdim=True)
         return states[0], {**gradients, "g": decay.gradient()}
+
+    def _signed(self, x: Tensor, y: Tensor) -> Tensor:
+        """± x yᵀ"""
+        return torch.baddbmm(x.new_zeros(1, 1, 1), x, y.transpose(1, 2), beta=0, alpha=self.sign)
 
     def _second_backward(self, dy: Tensor, dw: Tensor, dleaving: Tensor, dq: Tensor, da: Tensor) -> dict[str, Any]:
         """Gradients of k and v; dq and da get their share."""

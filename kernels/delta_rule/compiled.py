@@ -28,18 +28,13 @@ def cannot(problem: Problem) -> list[str]:
 
 
 def segment(sequences: int, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> Segment:
-    return Segment(sequences, q, (-beta) * k, k, beta * v, g)
+    return Segment(sequences, q, k, k, v, g, beta)
 
 
 def segment_backward(s: Segment, dy: Tensor, dstate: Tensor, rows: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """dstate and the gradients of q, k, v, beta, g."""
-    _, k, v, beta, _ = rows
-    assert k is not None
-    assert v is not None
-    assert beta is not None
     dstate, d = s.backward(dy, dstate)
-    dbeta = (d["w"] * v).sum(-1, keepdim=True) - (d["a"] * k).sum(-1, keepdim=True)
-    return dstate, d["q"], d["b"].addcmul_(beta, d["a"], value=-1), beta * d["w"], dbeta, d["g"]
+    return dstate, d["q"], d["a"].add_(d["b"]), d["w"], d["beta"], d["g"]
 
 
 def forward(

@@ -257,8 +257,11 @@ def corners(x: Tensor, s: int, upper: int = 1, lower: int = 0) -> Tensor:
 
 
 def inverse(A: Tensor) -> Tensor:
-    """(I − A)⁻¹ of strictly lower A [G, C, C], from blocks of two rows up:  [X 0; −B Z]⁻¹ = [X' 0; Z' B X'  Z']."""
-    inverted, s = A.clone(), 2
+    """(I − A)⁻¹ of strictly lower A [G, C, C], in its place, from blocks of two rows up.
+
+    [X 0; −B Z]⁻¹ = [X' 0; Z' B X'  Z'], where X' and Z' are the inverses of X and Z.
+    """
+    inverted, s = A, 2
     inverted.diagonal(dim1=1, dim2=2).add_(1)
     while s < A.shape[1]:
         corner = corners(inverted, s)

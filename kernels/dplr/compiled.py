@@ -16,7 +16,7 @@ __all__ = ["backward", "cannot", "configs", "forward"]
 
 
 def segment(sequences: int, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None) -> Segment:
-    return Segment(sequences, q, a, b, None, g, k, v, before=True)
+    return Segment(sequences, q, a, b, None, g, None, k, v, before=True)
 
 
 def segment_backward(s: Segment, dy: Tensor, dstate: Tensor, rows: Sequence[Tensor | None]) -> tuple[Any, ...]:
