@@ -5,7 +5,7 @@ y, state = mixer(x, state=None, cu_seqlens=None), x and y [B, T, dim]; see `mixe
 
 from __future__ import annotations
 
-from mixers import models, state
+from mixers import convert, models, state
 from mixers.attention import Attention
 from mixers.based import Based
 from mixers.deltanet import DeltaNet
@@ -62,6 +62,7 @@ __all__ = [
     "SequenceMixer",
     "Stack",
     "build",
+    "convert",
     "describe",
     "models",
     "names",
