@@ -256,6 +256,10 @@ class Op:
         cu_seqlens = args[count]
         if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
             check_cu_seqlens(self.name, cu_seqlens, self.check(direction, args)["T"])
+        if torch._C._is_any_autocast_enabled():
+            # what a backend is made of has dtypes of its own choice
+            with torch.autocast(next(t for t in args if t is not None).device.type, enabled=False):
+                return plan(*args[: count + 1])
         return plan(*args[: count + 1])
 
     def names(self, direction: str) -> tuple[str, ...]:

@@ -167,3 +167,19 @@ def test_the_loop_rounds_only_what_it_writes(name: str, direction: str) -> None:
             worst, scale = errors(own, exact)[0], exact.abs().max().item()
             rounding = 0.51 * torch.finfo(own.dtype).eps if own.dtype == torch.bfloat16 else 0.0
             assert worst <= (rounding + 1e-5) * scale, f"{arg.name} is off by {worst:.3g} of {scale:.3g}"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_autocast_stays_outside(name: str) -> None:
+    """An op computes in the dtypes that it was given, on every backend."""
+    op = OPS[name]
+    sizes = {"B": 2, "N": 2, "T": 40, "S": 40, "H": 2, "G": 1, "K": 4, "V": 5, "D": 6, "W": 4, "J": 4}
+    sampled = op.sample(sizes, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    problem = pose(op, "forward", sizes, dtype=torch.float32, device=CPU)
+    args = [*(sampled[arg.name] for arg in op.inputs), None, *op.options.values()]
+    for backend in op.backends:
+        if not backend.cannot(problem):
+            outside = op(*args, backend.name)
+            with torch.autocast("cpu", torch.bfloat16):
+                inside = op(*args, backend.name)
+            assert all(torch.equal(one, two) for one, two in zip(inside, outside)), backend.name
