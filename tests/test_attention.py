@@ -606,6 +606,7 @@ def test_sdpa_with_decays_never_holds_the_scores_and_leaves_out_what_is_forgotte
         # 3000 rows of k with its two columns; the scores are 50 times as many
         assert largest.numbers <= 3000 * 64
         work = forgetting.Work(q, k, v, log_decay, None, None, None, 0, 0.25, 64)
+        work._open()
         keys = [piece.keys.stop - piece.keys.start for s in work._segments() for _, piece, _ in work._pieces(s)]
         assert (max(keys) > 2900) if decay == -1e-4 else (max(keys) < 200)
         assert close(y, naive.forward(q, k, v, log_decay=log_decay, **known)[0], 1e-5)

@@ -56,7 +56,7 @@ def attention(
         y [B, T, H, V] in q's dtype; softmax and sums are accumulated in float32 (float64 for float64).
 
     q, k, v and log_decay have gradients and second ones; the latter are computed by the naive formula. With log_decay,
-    "sdpa" computes in float32 whatever is narrower.
+    "sdpa" computes in float32 whatever is narrower, except for a few queries on CPU.
 
     Raises:
         TypeError: a dtype does not fit. ValueError: a shape, device, index, option or backend name does not fit.

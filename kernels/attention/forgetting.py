@@ -68,7 +68,7 @@ def pieces(segment: Segment, window: int, block: int) -> Iterator[Piece]:
 
 
 class Work:
-    """A problem in the state dtype: q scaled, a head of k and v for every head of q, two columns more."""
+    """A problem, computed in the state dtype."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None, ends: Tensor | None,
@@ -76,42 +76,63 @@ class Work:
     ) -> None:  # fmt: skip
         self.given, self.spans = (q, k, v, log_decay), (starts, ends, cu_seqlens)
         self.window, self.scale, self.block = window, scale, block
-        self.width = fused.width(max(k.shape[3] + 2, v.shape[3]), q.device)
-        times = q.shape[2] // k.shape[2]
-        self.q = self._padded(q.to(log_decay.dtype) * scale)
-        self.k, self.v = (self._padded(x if times == 1 else x.repeat_interleave(times, 2)) for x in (k, v))
-        # between a query's row and its block's first beside ones, and ones beside what is between that and a key
-        self.q[..., -1] = 1
-        self.k[..., -2] = 1
+        self.times = q.shape[2] // k.shape[2]
         self.sums = Sums.of(log_decay)
-        # [B, 1, H]: of the longest key
-        self.longest = self.k[..., : k.shape[3]].norm(dim=-1).amax(1, keepdim=True)
+        # [B, 1, H]: of the longest key, or a little more where it was rounded
+        longest = k.norm(dim=-1).amax(1, keepdim=True).to(log_decay.dtype) * (1 + 2 * torch.finfo(k.dtype).eps)
+        self.longest = longest.repeat_interleave(self.times, 2)
         self.few = cu_seqlens is None and q.shape[1] <= FEW
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        q, _, v, log_decay = self.given
+        q, k, v, log_decay = self.given
         if self.few:
+            # as they are, for a step of decoding is over sooner than a copy of its cache would be made; on CPU the
+            # mask may be wider than they
+            width = fused.width(max(k.shape[3], v.shape[3]), q.device)
+            if q.device.type != "cpu":
+                q, k, v = (x.to(log_decay.dtype) for x in (q, k, v))
+            q, k, v = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
             mask, blind = self._mask_of_few()
-            y, lse = fused.forward(self.q, self.k, self.v, mask, False, 1.0)
+            y, lse = fused.forward(q, k, v, mask, False, self.scale)
             y, lse = y.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
         else:
-            y = torch.zeros_like(self.q)
-            lse = log_decay.new_full(q.shape[:3], -torch.inf)
-            for segment in self._segments():
-                for b, (rows, _, keys, _, again), hide in self._pieces(segment):
-                    operands = self.q[b, rows], self.k[b, keys], self.v[b, keys]
-                    y_part, lse_part = fused.forward(*operands, hide, False, 1.0)
-                    if again:
-                        y_part, lse_part = fused.merge(y[b, rows], lse[b, rows], y_part, lse_part)
-                    y[b, rows], lse[b, rows] = y_part, lse_part
-        return y[..., : v.shape[3]].to(q.dtype).contiguous(), lse.contiguous()
+            self._open()
+            y, lse = self._attend()
+        return y[..., : self.given[2].shape[3]].to(self.given[0].dtype).contiguous(), lse.contiguous()
+
+    def _attend(self) -> tuple[Tensor, Tensor]:
+        """y [B, T, H, width] in the state dtype, and lse."""
+        y, lse = torch.zeros_like(self.q), self.q.new_full(self.q.shape[:3], -torch.inf)
+        for segment in self._segments():
+            for b, (rows, _, keys, _, again), hide in self._pieces(segment):
+                operands = self.q[b, rows], self.k[b, keys], self.v[b, keys]
+                y_part, lse_part = fused.forward(*operands, hide, False, 1.0)
+                if again:
+                    y_part, lse_part = fused.merge(y[b, rows], lse[b, rows], y_part, lse_part)
+                y[b, rows], lse[b, rows] = y_part, lse_part
+        return y, lse
+
+    def _open(self) -> None:
+        """q scaled, a head of k and v for every head of q, all with two columns more."""
+        q, k, v, log_decay = self.given
+        self.width = fused.width(max(k.shape[3] + 2, v.shape[3]), q.device)
+        self.q = self._padded(q.to(log_decay.dtype) * self.scale)
+        self.k, self.v = (self._padded(x if self.times == 1 else x.repeat_interleave(self.times, 2)) for x in (k, v))
+        # between a query's row and its block's first beside ones, and ones beside what is between that and a key
+        self.q[..., -1] = 1
+        self.k[..., -2] = 1
 
     def backward(self, dy: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         """dq, dk, dv, dlog_decay."""
         q, k, v, log_decay = self.given
+        self._open()
         dy, y = self._padded(dy), self._padded(y)
+        # The scores' gradients are made from y, and dlog_decay is a sum of them that cancels: a rounded y will not do.
+        narrow = q.dtype != log_decay.dtype
         if self.few:
             mask, blind = self._mask_of_few()
+            if narrow:
+                y = fused.forward(self.q, self.k, self.v, mask, False, 1.0)[0].masked_fill(blind[..., None], 0)
             # p of a blind query is exp(hidden - lse)
             rest = y, lse.masked_fill(blind, 0), mask, False, 1.0
             dq, dk, dv = fused.backward(dy, self.q, self.k, self.v, *rest)
@@ -124,6 +145,7 @@ class Work:
         else:
             dq, dk, dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
             dlog_decay = torch.zeros_like(log_decay, dtype=self.sums.sums.dtype)
+            y = self._attend()[0] if narrow else y
             for segment in self._segments():
                 of_keys = dk[segment.batch, segment.keys, :, -1]
                 # several sequences may have the same keys
@@ -154,7 +176,9 @@ class Work:
         b = segment.batch
         for piece in pieces(segment, self.window, self.block):
             of, to = self.sums.part(b, piece.positions), self.sums.part(b, piece.keys)
-            least = self._least(self.q[b, piece.queries], self.k[b, piece.positions], self.longest[b])
+            K = self.given[1].shape[3]
+            of_block = self.q[b, piece.queries, :, :K], self.k[b, piece.positions, :, :K]
+            least = _least(*of_block, self.longest[b])
             if not piece.far:
                 mask = decay.bias(of, to, piece.keys.start, HIDDEN, self.q.dtype)
                 unseen = self._unseen(piece, mask.device) | (mask < least.transpose(1, 2)[..., None])
@@ -181,14 +205,6 @@ class Work:
             self.q[b, piece.queries, :, -2], self.k[b, piece.keys, :, -1] = of_queries, of_keys
             yield b, piece, None
 
-    def _least(self, q: Tensor, own: Tensor, longest: Tensor) -> Tensor:
-        """[B, T, H]: a bias below this leaves nothing of a key's weight beside that of the key the query stands at."""
-        K = self.given[0].shape[3]
-        q, own = q[..., :K], own[..., :K]
-        # no score is above the first product, and the sum of the weights is no less than that of the own key
-        ahead = q.norm(dim=-1) * longest - (q * own).sum(-1)
-        return math.log(torch.finfo(q.dtype).tiny) / 2 - ahead
-
     def _unseen(self, piece: Piece, device: torch.device) -> Tensor:
         """[queries, keys]"""
         positions = torch.arange(piece.positions.start, piece.positions.stop, device=device)
@@ -197,14 +213,22 @@ class Work:
 
     def _mask_of_few(self) -> tuple[Tensor, Tensor]:
         """[B, H, T, S] for all queries and keys, and which queries see no key: [B, T, 1]."""
-        q, k, *_ = self.given
+        q, k, _, log_decay = self.given
         sight = Sight.of(q, k, *self.spans, causal=True, window=self.window)
         visible = sight.visible(slice(None), 0, k.shape[1])
-        at = sight.position.clamp(0, k.shape[1] - 1)
-        mask = decay.bias(self.sums.at(at), self.sums, 0, HIDDEN, self.q.dtype)
-        own = self.k.gather(1, at[..., None, None].expand(q.shape[0], -1, *self.k.shape[2:]))
-        forgotten = mask < self._least(self.q, own, self.longest).transpose(1, 2)[..., None]
+        at, dtype = sight.position.clamp(0, k.shape[1] - 1), log_decay.dtype
+        own = k.gather(1, at[..., None, None].expand(q.shape[0], -1, *k.shape[2:])).to(dtype)
+        least = _least(q.to(dtype) * self.scale, own.repeat_interleave(self.times, 2), self.longest)
+        mask = decay.bias(self.sums.at(at), self.sums, 0, HIDDEN, dtype)
+        forgotten = mask < least.transpose(1, 2)[..., None]
         return mask.masked_fill_(~visible[:, None] | forgotten, HIDDEN), ~visible.any(-1)[..., None]
+
+
+def _least(q: Tensor, own: Tensor, longest: Tensor) -> Tensor:
+    """[B, T, H]: a bias below this leaves nothing of a key's weight beside that of the key the query stands at."""
+    # no score is above the first product, and the sum of the weights is no less than that of the own key
+    ahead = q.norm(dim=-1) * longest - (q * own).sum(-1)
+    return math.log(torch.finfo(q.dtype).tiny) / 2 - ahead
 
 
 def _before(of_keys: Tensor) -> Tensor:
