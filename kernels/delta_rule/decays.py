@@ -120,8 +120,7 @@ class PerHead(Undecayed):
         return dx
 
     def keep_backward(self, dleaving: Tensor, entering: Tensor) -> None:
-        dot = torch.bmm(dleaving.reshape(len(dleaving), 1, -1), entering.reshape(len(entering), -1, 1))
-        self.dtotal.addcmul_(dot, self.total)
+        self.dtotal.addcmul_((dleaving * entering).flatten(1).sum(1)[:, None, None], self.total)
 
     def products(self, x: Tensor, y: Tensor, before: bool = False, diagonal: int = 0) -> Tensor:
         found = torch.bmm(x, y.transpose(1, 2)).mul_(self._between(before))
@@ -261,10 +260,10 @@ def inverse(A: Tensor) -> Tensor:
 
     [X 0; −B Z]⁻¹ = [X' 0; Z' B X'  Z'], where X' and Z' are the inverses of X and Z.
     """
-    inverted, s = A, 2
-    inverted.diagonal(dim1=1, dim2=2).add_(1)
+    A.diagonal(dim1=1, dim2=2).add_(1)
+    s = 2
     while s < A.shape[1]:
-        corner = corners(inverted, s)
-        corner.copy_(corners(inverted, s, 1, 1) @ (corner @ corners(inverted, s, 0, 0)))
+        corner = corners(A, s)
+        corner.copy_(corners(A, s, 1, 1) @ (corner @ corners(A, s, 0, 0)))
         s *= 2
-    return inverted
+    return A
