@@ -6,6 +6,7 @@ distribution flash-linear-attention is installed (fla-core has no layers), its l
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mixers
+from kernels.short_conv import short_conv
 from mixers import convert
 from mixers.mixer import SequenceMixer
 from tests.test_gla_mixers import close, flash_linear_attention, rms, rotary, swish
@@ -422,6 +424,16 @@ def test_converting_imports_no_other_library() -> None:
 Weights = dict[str, Tensor]
 
 
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op by its loop, short convolutions included: other tests compare backends, and compiling one is slow."""
+    # a backend that nobody asked for is built, too, when it is asked what it cannot do
+    monkeypatch.setattr("kernels.jit_cpp.reason", lambda source: "not built in this test")
+    naive = functools.partial(short_conv, backend="naive")
+    for module in ("kernels.short_conv", "mixers.deltanet", "mixers.mamba2"):
+        monkeypatch.setattr(f"{module}.short_conv", naive)
+
+
 def linear(w: Weights, name: str, x: Tensor) -> Tensor:
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
@@ -530,18 +542,19 @@ FORWARD: dict[str, Callable[[Weights, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.usefixtures("loops")
 @torch.no_grad()
 def test_outputs_are_theirs(name: str) -> None:
     layer = LAYERS[name]
     weights = theirs(layer, torch.float64)
     bound = torch.linspace(0, 0.9, DIM * layer.options.get("expand", 1), dtype=torch.float64)
-    # the loop, since the backends are compared elsewhere, and some compile first
     mixer = ours(layer, torch.float64, backend="naive", **({"lower_bound": bound} if "hgrn" in name else {}))
     convert.load(mixer, weights, layer.source)
     x = torch.randn(2, 11, DIM, dtype=torch.float64)
     close(mixer(x)[0], FORWARD[name](weights, x, bound))
 
 
+@pytest.mark.usefixtures("loops")
 @torch.no_grad()
 def test_mamba2_of_transformers_has_the_same_names_and_outputs() -> None:
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
