@@ -130,7 +130,11 @@ OP = Op(
     options={"scale": 1.0},
     residuals=NAMES,
     gradients={name: name for name in NAMES},
-    backends=(Backend("naive", "kernels.gla.naive"), Backend("compiled", "kernels.gla.compiled")),
+    backends=(
+        Backend("naive", "kernels.gla.naive"),
+        Backend("compiled", "kernels.gla.compiled"),
+        Backend("triton", "kernels.gla.triton", devices=("cuda",)),
+    ),
     sample=_sample,
     cost=_cost,
     differentiable_backward=_differentiable_backward,

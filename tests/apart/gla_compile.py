@@ -1,0 +1,64 @@
+"""The Triton gated linear attention compiled for GPUs that are not there. See test_gla_triton.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.gla import triton as backend
+from kernels.problem import Problem
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+FLOAT64, FLOAT32, BFLOAT16 = torch.float64, torch.float32, torch.bfloat16
+
+
+def check(
+    target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64, **facts: Any
+) -> None:
+    """No spills, and an eighth of the warps resident."""
+    sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": 64, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
+    plain = {"scale": 0.125, "log_decay": True, "initial_state": True, "bonus": False, "packed": False}
+    options = {**plain, **facts}
+    if options["packed"]:
+        sizes["B"] = 1
+    problem = Problem("gla", direction, torch.device("cuda"), dict.fromkeys("qkv", dtype), sizes, options)
+    assert backend.cannot(problem) == []
+    for found in backend.compile_for(target, problem, backend.configs(problem)[config]):
+        assert found.spills == 0, found
+        assert found.occupancy >= 0.125, found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction, config", [("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1)])
+def test_shipped_configs(direction: str, config: int, target: str) -> None:
+    check(target, direction, config)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_bonus_in_packed_sequences(direction: str, target: str) -> None:
+    check(target, direction, 0, FLOAT32, packed=True, bonus=True)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_other_problems(direction: str) -> None:
+    check("sm_90", direction, 0, FLOAT64)
+    check("sm_80", direction, 0, FLOAT32, keys=512)
+    check("gfx942", direction, 0, per_key=False)
+    check("sm_90", direction, 0, log_decay=False, initial_state=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("keys", [1, 16, 128, 256, 512])
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("direction, configs", [("forward", 3), ("backward", 2)])
+def test_the_cross_product(direction: str, configs: int, dtype: torch.dtype, keys: int, target: str) -> None:
+    if keys == 512 and dtype == FLOAT64:
+        # more than `cannot` lets through
+        keys = 200
+    for config in range(configs):
+        for per_key, bonus in ((True, False), (False, True)):
+            check(target, direction, config, dtype, keys, per_key=per_key, bonus=bonus)
