@@ -317,7 +317,7 @@ def test_tensors_without_numbers_are_refused() -> None:
     assert "k_proj.weight is on the meta device" in refusal(ours(layer), state_dict)
 
 
-OTHERWISE = {
+OTHERWISE: dict[tuple[str, str], dict[str, Any]] = {
     ("hgrn", "fla"): {
         "complex": True,
         "norm": "layer",

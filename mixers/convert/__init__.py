@@ -11,9 +11,10 @@
 
 A state dict does not show everything that a layer computes. Lower bounds of HGRN and HGRN2 belong to the model around
 the layer, there and here, and are neither read nor written. The eps of norms is 1e-5, as theirs in layers; where their
-model's norm_eps is another, set `mixer.norm.eps`. Theirs must have these arguments at their defaults: feature_map,
-clamp_min, qk_activation, qk_norm, dt_limit, norm_before_gate, output_gate_activation; and so that heads are the same,
-ours must be built with the sizes of theirs.
+model's norm_eps is another (1e-6 in fla's configurations), set `mixer.norm.eps`, but not for HGRN2, whose norm takes
+1e-5 whatever it is told. Theirs must have these arguments at their defaults: feature_map, clamp_min, qk_activation,
+qk_norm, D_has_hdim, dt_limit, norm_before_gate, output_gate_activation; and so that heads are the same, ours must be
+built with the sizes of theirs.
 """
 
 from __future__ import annotations
