@@ -27,7 +27,7 @@ SCAN = {"chunk": 16, "inductor": 0}
 def configs(problem: Problem) -> Sequence[Mapping[str, int]]:
     """chunk: rows of a chunk. rows: how many, over all sequences and heads, are worked on at a time; 0: all."""
     if problem.device.type == "cpu":
-        return [{"chunk": 64, "rows": 8192}, {"chunk": 32, "rows": 8192}, {"chunk": 16, "rows": 0}]
+        return [{"chunk": 32, "rows": 8192}, {"chunk": 64, "rows": 8192}, {"chunk": 16, "rows": 0}]
     return [{"chunk": 64, "rows": 0}, {"chunk": 32, "rows": 0}]
 
 
