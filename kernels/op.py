@@ -190,33 +190,38 @@ class Op:
             RuntimeError: the named or locked backend (or none at all) can run the problem; every reason is given.
         """
         if name != "auto":
-            backend = self.backend(name)
-            reasons = backend.cannot(problem)
-            if reasons:
-                raise RuntimeError(
-                    f"{self.name}: backend {name!r} cannot run this problem: {'; '.join(reasons)} ({problem})"
-                )
-        lock = autotune.lock() if name == "auto" else None
-        by_rule = torch.are_deterministic_algorithms_enabled() or lock is not None
-        candidates = [c for c in self.candidates(problem) if name in ("auto", c[0].name)]
+            return self._named(problem, self.backend(name))
+        candidates, key = self.candidates(problem), self.key(problem)
         if not candidates:
             why = "; ".join(f"{b.name}: {', '.join(b.cannot(problem))}" for b in self.backends)
             raise RuntimeError(f"{self.name}: no backend can run {problem}: {why}")
-        locked = lock.find(self.key(problem)) if lock else None
-        if locked:
+        lock = autotune.lock()
+        if lock is not None and (locked := lock.find(key)) is not None:
             return self._locked(problem, locked, candidates)
-        if name == "auto":
-            wrong = [(record.backend, record.config) for record in autotune.refused(self.key(problem), self.source)]
-            candidates = [c for c in candidates if (c[0].name, c[1]) not in wrong] or candidates
-        if not by_rule:
-            named = [(backend.name, config) for backend, config in candidates]
-            choice = autotune.choose(self.key(problem), named, self.source)
-            if choice is not None:
-                return Plan(self.backend(choice.backend), choice.config, choice.origin)
+        wrong = [(record.backend, record.config) for record in autotune.refused(key, self.source)]
+        candidates = [c for c in candidates if (c[0].name, c[1]) not in wrong] or candidates
+        choice = self._measured(key, candidates)
+        if choice is not None:
+            return Plan(self.backend(choice.backend), choice.config, choice.origin)
         # of other packages' backends none runs unmeasured, unless there is nothing else
         last = next((b for b, _ in reversed(candidates) if not b.foreign), candidates[-1][0])
-        config = next(config for backend, config in candidates if backend is last)
-        return Plan(last, config, "named" if name != "auto" else "rule")
+        return Plan(last, next(config for backend, config in candidates if backend is last), "rule")
+
+    def _measured(self, key: autotune.Key, candidates: Sequence[tuple[Backend, Config]]) -> autotune.Choice | None:
+        """What the tables say; nothing where timings must not decide."""
+        if torch.are_deterministic_algorithms_enabled() or autotune.lock() is not None:
+            return None
+        return autotune.choose(key, [(backend.name, config) for backend, config in candidates], self.source)
+
+    def _named(self, problem: Problem, backend: Backend) -> Plan:
+        """The backend with its best config. Others are not even asked: that may compile them."""
+        reasons = backend.cannot(problem)
+        if reasons:
+            why = "; ".join(reasons)
+            raise RuntimeError(f"{self.name}: backend {backend.name!r} cannot run this problem: {why} ({problem})")
+        configs = backend.configs(problem)
+        choice = self._measured(self.key(problem), [(backend, config) for config in configs])
+        return Plan(backend, choice.config, choice.origin) if choice else Plan(backend, configs[0], "named")
 
     def _locked(self, problem: Problem, locked: Locked, candidates: Sequence[tuple[Backend, Config]]) -> Plan:
         for backend, config in candidates:
