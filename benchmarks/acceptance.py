@@ -5,41 +5,16 @@ What is compared is timed interleaved, so that a busy machine slows down both si
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
+from limits import Row, main, medians, trainer
 from torch import Tensor
 
-import autotune
-from autotune.measure import measure
 from kernels.scan import OP, native, scan
 
-ROUNDS = 25
 SHAPE = (8, 2048, 1024)
-
-
-@dataclass(frozen=True)
-class Row:
-    what: str
-    value: float
-    target: float
-    unit: str
-    detail: str
-
-    def __str__(self) -> str:
-        verdict = "ok    " if self.value <= self.target else "MISSED"
-        return f"{verdict}  {self.value:7.2f} {self.unit:2} of {self.target:5.2f}  {self.what}  ({self.detail})"
-
-
-def medians(runs: list[Callable[[], object]], rounds: int) -> list[float]:
-    timings = measure(runs, rounds=rounds)
-    for timing in timings:
-        if timing.error is not None:
-            raise timing.error
-    return [timing.median for timing in timings]
 
 
 def ratios(rounds: int) -> Iterator[Row]:
@@ -57,7 +32,7 @@ def ratios(rounds: int) -> Iterator[Row]:
     def public(a: Tensor = a, x: Tensor = x) -> object:
         return scan(a, x)
 
-    training = trainer(a, x)
+    training = trainer(outputs, a, x)
     add_s, out_s, public_s, train_s = medians([add, preallocated, public, training], rounds)
 
     def over(seconds: float) -> str:
@@ -70,17 +45,15 @@ def ratios(rounds: int) -> Iterator[Row]:
     yield Row(f"forward + backward / add, {shape}", train_s / add_s, 1.5 * 8 / 3, "×", over(train_s))
 
     narrow_a, narrow_x = a.detach().bfloat16(), x.detach().bfloat16()
-    narrow = [lambda: public(narrow_a, narrow_x), trainer(narrow_a, narrow_x)]
+    narrow = [lambda: public(narrow_a, narrow_x), trainer(outputs, narrow_a, narrow_x)]
     wide_s, narrow_s, train_s, narrow_train_s = medians([public, narrow[0], training, narrow[1]], rounds)
     for what, slow, fast in (("forward", narrow_s, wide_s), ("forward + backward", narrow_train_s, train_s)):
         detail = f"{slow * 1e3:.2f} ms, float32 {fast * 1e3:.2f} ms"
         yield Row(f"{what} in bfloat16 / float32, {list(SHAPE)}", slow / fast, 1.0, "×", detail)
 
 
-def trainer(a: Tensor, x: Tensor) -> Callable[[], object]:
-    leaves = [a.clone().requires_grad_(), x.clone().requires_grad_()]
-    gradient = torch.rand_like(x)
-    return lambda: torch.autograd.grad(scan(*leaves)[0], leaves, gradient)
+def outputs(a: Tensor, x: Tensor) -> Tensor:
+    return scan(a, x)[0]
 
 
 def overheads(rounds: int) -> Iterator[Row]:
@@ -103,19 +76,5 @@ def overheads(rounds: int) -> Iterator[Row]:
     yield Row("auto over naming the backend", auto_s - named_s, 4, "µs", f"{auto_s:.1f} µs, named {named_s:.1f} µs")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
-    cpu = torch.device("cpu")
-    print(f"{autotune.fingerprint(cpu)}, torch {torch.__version__}, {rounds} interleaved rounds, medians")
-    missed = 0
-    for rows in (ratios(rounds), overheads(rounds)):
-        for row in rows:
-            print(row, flush=True)
-            missed += row.value > row.target
-    return 1 if missed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, (ratios, overheads)))

@@ -57,7 +57,7 @@ def test_steps_of_any_length_measure_nothing_and_read_each_table_once(name: str,
     for length in lengths(25):
         step(mixer, length)
     fingerprint = autotune.fingerprint(torch.device("cpu"))
-    assert [path.name for path in reads] == [f"{fingerprint}.jsonl", "tuned.jsonl"], "the shipped table and the user's"
+    assert sorted(path.name for path in reads) == [f"{fingerprint}.jsonl", "tuned.jsonl"], "shipped and user's table"
 
 
 def test_one_graph_serves_all_lengths(reads: list[Path]) -> None:

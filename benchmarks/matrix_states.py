@@ -1,0 +1,96 @@
+"""Matrix-state ops beside softmax attention on a CPU: `python benchmarks/matrix_states.py`. Exit code 1 for a miss.
+
+Ratios to F.scaled_dot_product_attention(is_causal=True) on the same sizes; what is compared is timed interleaved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from limits import Row, main, medians, trainer
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+import mixers
+from kernels.delta_rule import OP as DELTA
+from kernels.delta_rule import delta_rule
+from kernels.gla import OP as GLA
+from kernels.gla import gla
+
+SIZES = {"B": 2, "T": 2048, "H": 8, "K": 64, "V": 64}
+# forward, forward + backward
+LIMITS = {
+    "gla, a decay per head": (0.21, 0.18),
+    "gla, a decay per key": (0.40, 0.42),
+    "delta_rule, a decay per head": (0.45, 0.48),
+}
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def subjects(length: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """What is timed: functions of tensors, and the tensors."""
+    found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {}
+    for what in LIMITS:
+        op, function = (GLA, gla) if what.startswith("gla") else (DELTA, delta_rule)
+        J = 1 if "per head" in what else SIZES["K"]
+        sampled = op.sample({**SIZES, "T": length, "J": J}, initial_state=False)
+        inputs = [x.squeeze(3) if name == "log_decay" and J == 1 else x for name, x in sampled.items() if x is not None]
+        found[what] = (lambda *inputs, function=function: function(*inputs)[0]), inputs
+    return found
+
+
+def ratios(rounds: int) -> Iterator[Row]:
+    heads_first = [torch.randn(SIZES["B"], SIZES["H"], SIZES["T"], SIZES["K"]) for _ in range(3)]
+    known = subjects(SIZES["T"])
+    for n, what in enumerate(("forward", "forward + backward")):
+        make: Callable[..., Callable[[], object]] = trainer if n else partial
+        base, *others = medians(
+            [make(softmax, *heads_first), *(make(run, *inputs) for run, inputs in known.values())], max(rounds // 2, 3)
+        )
+        for (name, limits), seconds in zip(LIMITS.items(), others):
+            detail = f"{seconds * 1e3:.1f} ms, attention {base * 1e3:.1f} ms"
+            yield Row(f"{name}, {what}", seconds / base, limits[n], "×", detail)
+
+
+def growth(rounds: int) -> Iterator[Row]:
+    """Cost is linear in T."""
+    for name in LIMITS:
+        runs = [partial(run, *inputs) for run, inputs in (subjects(2048)[name], subjects(16384)[name])]
+        short, long = medians(runs, max(rounds // 5, 3))
+        detail = f"{long * 1e3:.0f} ms, {short * 1e3:.1f} ms at T = 2,048"
+        yield Row(f"{name}, T = 16,384", long / short, 9.0, "×", detail)
+
+
+def decoding(rounds: int) -> Iterator[Row]:
+    """One token at dim 512, batch 1, beside the layer's own projections alone."""
+    x = torch.randn(1, 1, 512)
+    for name in mixers.names():
+        mixer = mixers.build(name, 512)
+        if mixer.family != "matrix-state linear RNN":
+            continue
+        weights = [m.weight for m in mixer.modules() if isinstance(m, torch.nn.Linear)]
+        inputs = [torch.randn(1, 1, weight.shape[1]) for weight in weights]
+
+        def projections(weights: list[Tensor] = weights, inputs: list[Tensor] = inputs) -> None:
+            for x, weight in zip(inputs, weights):
+                linear(x, weight)
+
+        with torch.no_grad():
+            state = mixer(x)[1]
+
+            def step(mixer: mixers.SequenceMixer = mixer, state: object = state) -> None:
+                with torch.no_grad():
+                    mixer(x, state)
+
+            alone, whole = medians([projections, step], rounds)
+        yield Row(f"decoding, {name}", whole / alone, 5.0, "×", f"{whole * 1e6:.0f} µs, {alone * 1e6:.0f} µs")
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, (ratios, growth, decoding)))
