@@ -53,7 +53,7 @@ class SequenceMixer(nn.Module):
         self._check(x, state, cu_seqlens)
         batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is None and self.causal:
-            state = self.init_state(batch, device=x.device, dtype=_activation_dtype(x))
+            state = self.init_state(batch, device=x.device, dtype=activation_dtype(x))
         return self.mix(x, state, cu_seqlens)
 
     def comparable(self, state: Any) -> list[Tensor]:
@@ -103,7 +103,7 @@ class SequenceMixer(nn.Module):
                 raise ValueError(f"{name}: axis batch is {leaf.shape[0]} in state but {batch} in x and cu_seqlens")
 
 
-def _activation_dtype(x: Tensor) -> torch.dtype:
+def activation_dtype(x: Tensor) -> torch.dtype:
     """The dtype that projections of x come out in."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

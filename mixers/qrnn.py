@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from kernels.short_conv import short_conv
-from mixers.mixer import SequenceMixer, _activation_dtype
+from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import choice
 from mixers.registry import register
 
@@ -66,7 +66,7 @@ class QRNN(SequenceMixer):
         }
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        windows, last = self._windows(x.to(_activation_dtype(x)), state["x"], cu_seqlens)
+        windows, last = self._windows(x.to(activation_dtype(x)), state["x"], cu_seqlens)
         z, *gates = self.proj(windows).chunk(1 + len(self.gates), -1)
         wide = state_dtype(z.dtype)
         gate = dict(zip(self.gates, (g.to(wide) for g in gates)))

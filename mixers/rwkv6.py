@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.gla import gla
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
-from mixers.mixer import SequenceMixer, _activation_dtype
+from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.registry import register
 
 # The inputs that are mixed with the token before, each with shares of its own
@@ -93,7 +93,7 @@ class RWKV6(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         wide = state_dtype(x.dtype)
-        x = x.to(_activation_dtype(x))
+        x = x.to(activation_dtype(x))
         before, last = previous(x, state["last"], cu_seqlens)
         w, k, v, r, g = self.shifted(x, before - x)
         decay = self.decay.to(wide) + (torch.tanh(w @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)).to(wide)

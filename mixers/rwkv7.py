@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels.dplr import dplr
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
-from mixers.mixer import SequenceMixer, _activation_dtype
+from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.registry import register
 
 # the exponent of the published mix with the token before, for each of the six inputs
@@ -122,7 +122,7 @@ class RWKV7(SequenceMixer):
         }
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        x = x.to(_activation_dtype(x))
+        x = x.to(activation_dtype(x))
         wide = state_dtype(x.dtype)
         before, last = previous(x, state["x"], cu_seqlens)
         step = before - x

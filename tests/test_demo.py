@@ -100,7 +100,6 @@ class TestSettings:
         found = [Settings(dropout=0.1).regularised(60 * minutes).dropout for minutes in (0.3, 3, 6, 60)]
         assert found == pytest.approx([0.1, 0.1, 0.2, 0.4])
 
-
     @pytest.mark.parametrize("name", [n for n in registry.names() if registry.get(n)(16).causal])
     def test_every_mixer_reads_a_long_text_with_a_state_of_fixed_size(self, name: str) -> None:
         network = tiny(mixer=name).model(11)
