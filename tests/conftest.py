@@ -24,6 +24,14 @@ settings.register_profile("long", max_examples=1000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+# The longest tests first: at the end one worker would be left alone with them.
+LONGEST = ("triton", "distributed", "agree", "doctor", "sweeps", "graphs_prefill")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(word in item.nodeid for word in LONGEST))
+
+
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
     """Every torch.empty is filled with NaN, so that a number that was never written shows."""

@@ -26,7 +26,7 @@ VARIANTS: dict[str, checks.Make] = {
     "attention window": lambda dim: mixers.build("attention", dim, heads=3, kv_heads=1, window=7),
     "stack": lambda dim: mixers.Stack(dim, ["hgrn", "mingru", "hgrn"]),
 }
-# A linear RNN and attention get every example of the profile, the others a fifth: what they share is the same.
+# A linear RNN and attention get every example of the profile, the others a tenth: what they share is the same.
 THOROUGH = ("hgrn", "attention")
 MAKES = {**{name: (lambda dim, name=name: mixers.build(name, dim)) for name in mixers.names()}, **VARIANTS}
 
@@ -48,7 +48,7 @@ def cases(draw: st.DrawFn) -> checks.Case:
 @pytest.mark.parametrize("law", [law for law in checks.LAWS if law not in checks.SLOW])
 @pytest.mark.parametrize("name", MAKES)
 def test_law(name: str, law: str) -> None:
-    @settings(max_examples=settings.default.max_examples // (1 if name in THOROUGH else 5))
+    @settings(max_examples=settings.default.max_examples // (1 if name in THOROUGH else 10))
     @given(case=cases())
     def holds(case: checks.Case) -> None:
         checks.check(law, MAKES[name], case)
