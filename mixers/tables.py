@@ -154,7 +154,9 @@ def read(file: Path) -> pd.DataFrame:
 
 def _row(benchmark: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     facts = dict(benchmark["extra_info"])
-    facts["sizes"] = " ".join(f"{name}={size}" for name, size in facts.get("sizes", {}).items())
+    # as many keys as queries: self-attention, whose length says it all
+    sizes = {name: size for name, size in facts.get("sizes", {}).items() if (name, size) != ("S", facts["length"])}
+    facts["sizes"] = " ".join(f"{name}={size}" for name, size in sizes.items())
     facts["config"] = " ".join(f"{name}={value}" for name, value in facts.get("config", {}).items())
     return {
         **dict.fromkeys(COLUMNS, ""),
@@ -283,7 +285,8 @@ def _answers(device: str, rows: pd.DataFrame) -> list[str]:
             yardstick = same[same["name"] == plots.YARDSTICK].set_index("length")["median_s"]
             for length, at in same.groupby("length"):
                 best = at.loc[at["median_s"].idxmin()]
-                faster = f", attention × {yardstick[length] / best['median_s']:.1f}" if length in yardstick else ""
+                known = length in yardstick and best["name"] != plots.YARDSTICK
+                faster = f", {yardstick[length] / best['median_s']:.1f} × as fast as attention" if known else ""
                 table.setdefault(direction, {})[int(length)] = f"{best['name']}{faster}"
         made = pd.DataFrame(table).sort_index().fillna("—").rename_axis(index="T")
         parts.append(f"## The fastest layer on {device}, {dtype}, {part['sizes'].iloc[0]}")
