@@ -26,8 +26,8 @@ VARIANTS: dict[str, checks.Make] = {
     "attention window": lambda dim: mixers.build("attention", dim, heads=3, kv_heads=1, window=7),
     "stack": lambda dim: mixers.Stack(dim, ["hgrn", "mingru", "hgrn"]),
 }
-# A linear RNN and attention get every example of the profile, the others a tenth: what they share is the same.
-THOROUGH = ("hgrn", "attention")
+# These and the variants get every example of the profile, other mixers, which share their ops, a tenth.
+THOROUGH = {"hgrn", "mingru", "rglru", "attention", *VARIANTS}
 MAKES = {**{name: (lambda dim, name=name: mixers.build(name, dim)) for name in mixers.names()}, **VARIANTS}
 
 
