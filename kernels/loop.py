@@ -92,6 +92,16 @@ class Loop:
         return gradients, (dstate if self.owners is None else dinitial).clone(), totals
 
 
+def wanted(
+    gradients: Sequence[Tensor | None], like: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients in the dtypes of their inputs; None where they are not needed or there is no input."""
+    return tuple(
+        g.to(t.dtype) if needed and g is not None and t is not None else None
+        for g, t, needed in zip(gradients, like, needs)
+    )
+
+
 def _sum(total: Tensor | None, one: Tensor | None) -> Tensor | None:
     return one if total is None or one is None else total + one
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.delta_rule import naive
 from kernels.loop import differentiable
+from kernels.matrix_state import DECAY_AND_STATE, OUTPUTS, QKV, Sampler, decay_bytes, scale_of, with_axis
 from kernels.op import Backend, Cost, Op
-from kernels.problem import Arg, Problem, state_dtype
+from kernels.problem import Arg, Problem
 
 
 def delta_rule(
@@ -59,11 +61,7 @@ def delta_rule(
     2406.06484); per head: Yang et al. 2024, "Gated delta networks" (arXiv 2412.06464); per key: Kimi Team 2025,
     "Kimi Linear" (arXiv 2510.26692).
     """
-    if log_decay is not None and log_decay.ndim == 3:
-        log_decay = log_decay[..., None]
-    elif log_decay is not None and log_decay.ndim == 4 and q.ndim == 4 and log_decay.shape[3] != q.shape[3]:
-        raise ValueError(f"delta_rule: axis K is {q.shape[3]} in q but {log_decay.shape[3]} in log_decay")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    log_decay, scale = with_axis("delta_rule", log_decay, q), scale_of(scale, q)
     y, final_state = OP(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, backend)
     return y, final_state
 
@@ -79,20 +77,14 @@ def _sample(
     initial_state: bool = True,
 ) -> dict[str, Tensor | None]:
     """Unit-variance queries, values and states, keys of length 1, beta in (0, 1); decays mostly near 1. J is K or 1."""
-    B, T, H, K, V = (sizes[letter] for letter in "BTHKV")
-    J = K if sizes.get("J", K) > 1 else 1
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    wide = state_dtype(dtype)
+    draw = Sampler(sizes, dtype, device, generator)
     return {
-        "q": normal(B, T, H, K).to(device, dtype),
-        "k": torch.nn.functional.normalize(normal(B, T, H, K), dim=-1).to(device, dtype),
-        "v": normal(B, T, H, V).to(device, dtype),
-        "beta": normal(B, T, H).sigmoid().to(device, decay_dtype or dtype),
-        "log_decay": torch.nn.functional.logsigmoid(3 + 2 * normal(B, T, H, J)).to(device, wide) if log_decay else None,
-        "initial_state": normal(sizes.get("N", B), H, K, V).to(device, wide) if initial_state else None,
+        "q": draw.rows(draw.normal("B T H K")),
+        "k": draw.rows(F.normalize(draw.normal("B T H K"), dim=-1)),
+        "v": draw.rows(draw.normal("B T H V")),
+        "beta": draw.normal("B T H").sigmoid().to(device, decay_dtype or dtype),
+        "log_decay": draw.log_decay(log_decay),
+        "initial_state": draw.initial_state(initial_state),
     }
 
 
@@ -102,8 +94,7 @@ def _cost(problem: Problem) -> Cost:
     Every input is read once, every output written once.
     """
     B, T, H, K, V = (problem.sizes[letter] for letter in "BTHKV")
-    size, wide = problem.dtypes["q"].itemsize, state_dtype(problem.dtypes["q"]).itemsize
-    decays = problem.sizes["J"] * wide if problem.options["log_decay"] else 0
+    size, decays = problem.dtypes["q"].itemsize, decay_bytes(problem)
     beta = problem.dtypes["beta"].itemsize
     products = 2 * B * T * H * K * V
     if problem.direction == "forward":
@@ -119,14 +110,11 @@ NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 OP = Op(
     name="delta_rule",
     inputs=(
-        Arg("q", "B T H K"),
-        Arg("k", "B T H K"),
-        Arg("v", "B T H V"),
+        *QKV,
         Arg("beta", "B T H", "decay"),
-        Arg("log_decay", "B T H J", "state", optional=True),
-        Arg("initial_state", "N H K V", "state", optional=True),
+        *DECAY_AND_STATE,
     ),
-    outputs=(Arg("y", "B T H V"), Arg("final_state", "N H K V", "state")),
+    outputs=OUTPUTS,
     options={"scale": 1.0},
     residuals=NAMES,
     gradients={name: name for name in NAMES},

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dplr import naive
 from kernels.loop import differentiable
+from kernels.matrix_state import DECAY_AND_STATE, OUTPUTS, QKV, Sampler, decay_bytes, scale_of, with_axis
 from kernels.op import Backend, Cost, Op
-from kernels.problem import Arg, Problem, state_dtype
+from kernels.problem import Arg, Problem
 
 
 def dplr(
@@ -57,11 +59,7 @@ def dplr(
 
     Source: Peng et al. 2025, "RWKV-7 Goose with expressive dynamic state evolution" (arXiv 2503.14456).
     """
-    if log_decay is not None and log_decay.ndim == 3:
-        log_decay = log_decay[..., None]
-    elif log_decay is not None and log_decay.ndim == 4 and q.ndim == 4 and log_decay.shape[3] != q.shape[3]:
-        raise ValueError(f"dplr: axis K is {q.shape[3]} in q but {log_decay.shape[3]} in log_decay")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    log_decay, scale = with_axis("dplr", log_decay, q), scale_of(scale, q)
     y, final_state = OP(q, k, v, a, b, log_decay, initial_state, cu_seqlens, scale, backend)
     return y, final_state
 
@@ -76,22 +74,16 @@ def _sample(
     initial_state: bool = True,
 ) -> dict[str, Tensor | None]:
     """Unit-variance rows and states, a = −κ and b = η κ with κ of length 1, η in (0, 1). J is K or 1."""
-    B, T, H, K, V = (sizes[letter] for letter in "BTHKV")
-    J = K if sizes.get("J", K) > 1 else 1
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    wide = state_dtype(dtype)
-    read = torch.nn.functional.normalize(normal(B, T, H, K), dim=-1)
+    draw = Sampler(sizes, dtype, device, generator)
+    read = F.normalize(draw.normal("B T H K"), dim=-1)
     return {
-        "q": normal(B, T, H, K).to(device, dtype),
-        "k": normal(B, T, H, K).to(device, dtype),
-        "v": normal(B, T, H, V).to(device, dtype),
-        "a": (-read).to(device, dtype),
-        "b": (read * normal(B, T, H, K).sigmoid()).to(device, dtype),
-        "log_decay": torch.nn.functional.logsigmoid(3 + 2 * normal(B, T, H, J)).to(device, wide) if log_decay else None,
-        "initial_state": normal(sizes.get("N", B), H, K, V).to(device, wide) if initial_state else None,
+        "q": draw.rows(draw.normal("B T H K")),
+        "k": draw.rows(draw.normal("B T H K")),
+        "v": draw.rows(draw.normal("B T H V")),
+        "a": draw.rows(-read),
+        "b": draw.rows(read * draw.normal("B T H K").sigmoid()),
+        "log_decay": draw.log_decay(log_decay),
+        "initial_state": draw.initial_state(initial_state),
     }
 
 
@@ -101,8 +93,7 @@ def _cost(problem: Problem) -> Cost:
     Every input is read once, every output written once.
     """
     B, T, H, K, V = (problem.sizes[letter] for letter in "BTHKV")
-    size, wide = problem.dtypes["q"].itemsize, state_dtype(problem.dtypes["q"]).itemsize
-    decays = problem.sizes["J"] * wide if problem.options["log_decay"] else 0
+    size, decays = problem.dtypes["q"].itemsize, decay_bytes(problem)
     products = 2 * B * T * H * K * V
     if problem.direction == "forward":
         return Cost(B * T * H * ((4 * K + 2 * V) * size + decays), 4 * products)
@@ -117,15 +108,12 @@ NAMES = ("q", "k", "v", "a", "b", "log_decay", "initial_state")
 OP = Op(
     name="dplr",
     inputs=(
-        Arg("q", "B T H K"),
-        Arg("k", "B T H K"),
-        Arg("v", "B T H V"),
+        *QKV,
         Arg("a", "B T H K"),
         Arg("b", "B T H K"),
-        Arg("log_decay", "B T H J", "state", optional=True),
-        Arg("initial_state", "N H K V", "state", optional=True),
+        *DECAY_AND_STATE,
     ),
-    outputs=(Arg("y", "B T H V"), Arg("final_state", "N H K V", "state")),
+    outputs=OUTPUTS,
     options={"scale": 1.0},
     residuals=NAMES,
     gradients={name: name for name in NAMES},

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.loop import Loop
-from kernels.packing import Packing
-from kernels.problem import state_dtype
+from kernels import matrix_state
 
 
 def forward(
@@ -26,8 +24,7 @@ def forward(
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, V], final_state [N, H, K, V])"""
-    y, final = _loop(q, k, v, a, b, log_decay, initial_state, cu_seqlens).forward()
-    return (scale * y).to(v.dtype), final
+    return matrix_state.forward(step, (q, k, v, a, b, log_decay), initial_state, cu_seqlens, scale)
 
 
 def backward(
@@ -47,25 +44,8 @@ def backward(
     config: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, da, db, dlog_decay, dinitial_state), each None where `needs` says so."""
-    loop = _loop(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
-    dy = torch.zeros_like(v) if dy is None else dy
-    rows, dinitial, _ = loop.backward(step_backward, scale * dy.to(loop.initial.dtype), dfinal_state)
-    like = (q, k, v, a, b, log_decay, initial_state)
-    return tuple(
-        g.to(t.dtype) if needed and g is not None and t is not None else None
-        for g, t, needed in zip((*rows, dinitial), like, needs)
-    )
-
-
-def _loop(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None,
-) -> Loop:  # fmt: skip
-    packing = Packing.of(q, cu_seqlens, False)
-    if initial_state is None:
-        shape = packing.sequences, q.shape[2], q.shape[3], v.shape[3]
-        initial_state = q.new_zeros(shape, dtype=state_dtype(q.dtype))
-    return Loop(step, (q, k, v, a, b, log_decay), initial_state, packing)
+    rows = q, k, v, a, b, log_decay
+    return matrix_state.backward(step, step_backward, dy, dfinal_state, rows, initial_state, cu_seqlens, scale, needs)
 
 
 def step(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kernels.gla import naive
 from kernels.loop import differentiable
+from kernels.matrix_state import DECAY_AND_STATE, OUTPUTS, QKV, Sampler, decay_bytes, scale_of, with_axis
 from kernels.op import Backend, Cost, Op
-from kernels.problem import Arg, Problem, state_dtype
+from kernels.problem import Arg, Problem
 
 
 def gla(
@@ -60,11 +61,7 @@ def gla(
     Source: Yang et al. 2023, "Gated linear attention transformers with hardware-efficient training" (arXiv 2312.06635);
     bonus: Peng et al. 2024, "Eagle and Finch: RWKV with matrix-valued states" (arXiv 2404.05892).
     """
-    if log_decay is not None and log_decay.ndim == 3:
-        log_decay = log_decay[..., None]
-    elif log_decay is not None and log_decay.ndim == 4 and q.ndim == 4 and log_decay.shape[3] != q.shape[3]:
-        raise ValueError(f"gla: axis K is {q.shape[3]} in q but {log_decay.shape[3]} in log_decay")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    log_decay, scale = with_axis("gla", log_decay, q), scale_of(scale, q)
     y, final_state = OP(q, k, v, log_decay, initial_state, bonus, cu_seqlens, scale, backend)
     return y, final_state
 
@@ -80,20 +77,14 @@ def _sample(
     bonus: bool = False,
 ) -> dict[str, Tensor | None]:
     """Unit-variance rows and states; decays spread over (0, 1), mostly near 1. J, the decays a head, is K or 1."""
-    B, T, H, K, V = (sizes[letter] for letter in "BTHKV")
-    J = K if sizes.get("J", K) > 1 else 1
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    wide = state_dtype(dtype)
+    draw = Sampler(sizes, dtype, device, generator)
     return {
-        "q": normal(B, T, H, K).to(device, dtype),
-        "k": normal(B, T, H, K).to(device, dtype),
-        "v": normal(B, T, H, V).to(device, dtype),
-        "log_decay": torch.nn.functional.logsigmoid(3 + 2 * normal(B, T, H, J)).to(device, wide) if log_decay else None,
-        "initial_state": normal(sizes.get("N", B), H, K, V).to(device, wide) if initial_state else None,
-        "bonus": normal(H, K).to(device, wide) if bonus else None,
+        "q": draw.rows(draw.normal("B T H K")),
+        "k": draw.rows(draw.normal("B T H K")),
+        "v": draw.rows(draw.normal("B T H V")),
+        "log_decay": draw.log_decay(log_decay),
+        "initial_state": draw.initial_state(initial_state),
+        "bonus": draw.wide(draw.normal("H K")) if bonus else None,
     }
 
 
@@ -103,8 +94,7 @@ def _cost(problem: Problem) -> Cost:
     Every input is read once, every output written once.
     """
     B, T, H, K, V = (problem.sizes[letter] for letter in "BTHKV")
-    size, wide = problem.dtypes["q"].itemsize, state_dtype(problem.dtypes["q"]).itemsize
-    decays = problem.sizes["J"] * wide if problem.options["log_decay"] else 0
+    size, decays = problem.dtypes["q"].itemsize, decay_bytes(problem)
     products = 2 * B * T * H * K * V
     if problem.direction == "forward":
         return Cost(B * T * H * ((2 * K + 2 * V) * size + decays), 2 * products)
@@ -119,14 +109,11 @@ NAMES = ("q", "k", "v", "log_decay", "initial_state", "bonus")
 OP = Op(
     name="gla",
     inputs=(
-        Arg("q", "B T H K"),
-        Arg("k", "B T H K"),
-        Arg("v", "B T H V"),
-        Arg("log_decay", "B T H J", "state", optional=True),
-        Arg("initial_state", "N H K V", "state", optional=True),
+        *QKV,
+        *DECAY_AND_STATE,
         Arg("bonus", "H K", "state", optional=True),
     ),
-    outputs=(Arg("y", "B T H V"), Arg("final_state", "N H K V", "state")),
+    outputs=OUTPUTS,
     options={"scale": 1.0},
     residuals=NAMES,
     gradients={name: name for name in NAMES},

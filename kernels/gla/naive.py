@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.loop import Loop
-from kernels.packing import Packing
-from kernels.problem import state_dtype
+from kernels import matrix_state
 
 
 def forward(
@@ -25,8 +23,7 @@ def forward(
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, V], final_state [N, H, K, V])"""
-    y, final = _loop(q, k, v, log_decay, initial_state, bonus, cu_seqlens).forward()
-    return (scale * y).to(v.dtype), final
+    return matrix_state.forward(step, (q, k, v, log_decay), initial_state, cu_seqlens, scale, (bonus,))
 
 
 def backward(
@@ -45,27 +42,10 @@ def backward(
     config: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dlog_decay, dinitial_state, dbonus), each None where `needs` says so."""
-    loop = _loop(q, k, v, log_decay, initial_state, bonus, cu_seqlens)
-    dy = torch.zeros_like(v) if dy is None else dy
-    rows, dinitial, (dbonus,) = loop.backward(step_backward, scale * dy.to(loop.initial.dtype), dfinal_state)
-    dq, dk, dv, dlog_decay = rows
-    found = (dq, dk, dv, dlog_decay, dinitial, None if dbonus is None else dbonus.sum(0))
-    like = (q, k, v, log_decay, initial_state, bonus)
-    return tuple(
-        g.to(t.dtype) if needed and g is not None and t is not None else None
-        for g, t, needed in zip(found, like, needs)
+    rows = q, k, v, log_decay
+    return matrix_state.backward(
+        step, step_backward, dy, dfinal_state, rows, initial_state, cu_seqlens, scale, needs, (bonus,)
     )
-
-
-def _loop(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, bonus: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Loop:  # fmt: skip
-    packing = Packing.of(q, cu_seqlens, False)
-    if initial_state is None:
-        shape = packing.sequences, q.shape[2], q.shape[3], v.shape[3]
-        initial_state = q.new_zeros(shape, dtype=state_dtype(q.dtype))
-    return Loop(step, (q, k, v, log_decay), initial_state, packing, (bonus,))
 
 
 def step(
@@ -91,7 +71,7 @@ def step_backward(
     log_decay: Tensor | None,
     bonus: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], tuple[Tensor | None]]:
-    """From the gradient of S' (without this step's y): that of S, of the row, and of the bonus [B, H, K]."""
+    """From the gradient of S' (without this step's y): that of S, of the row, and of the bonus [H, K]."""
     decay = None if log_decay is None else log_decay.exp()[..., None]
     q_dy, dbonus = q[..., None] * dy[..., None, :], None
     if bonus is None:
@@ -101,7 +81,7 @@ def step_backward(
     else:
         seen = S + bonus[..., None] * k[..., None] * v[..., None, :]
         v_dy = (v * dy).sum(-1, keepdim=True)
-        dseen, dkv, dbonus = q_dy, dS + bonus[..., None] * q_dy, q * k * v_dy
+        dseen, dkv, dbonus = q_dy, dS + bonus[..., None] * q_dy, (q * k * v_dy).sum(0)
     dq = torch.einsum("bhkv,bhv->bhk", seen, dy)
     dk = torch.einsum("bhkv,bhv->bhk", dkv, v)
     dv = torch.einsum("bhkv,bhk->bhv", dkv, k)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.loop import Loop
+from kernels.loop import Loop, wanted
 from kernels.packing import Packing
 from kernels.problem import state_dtype
 
@@ -48,11 +48,8 @@ def backward(
     loop = _loop(x, delta, A, B, C, D, initial_state, cu_seqlens)
     dy = torch.zeros_like(x) if dy is None else dy
     (dx, ddelta, dB, dC), dinitial, (dA, dD) = loop.backward(step_backward, dy, dfinal_state)
-    found, like = (dx, ddelta, dA, dB, dC, dD, dinitial), (x, delta, A, B, C, D, initial_state)
-    return tuple(
-        g.to(t.dtype) if needed and g is not None and t is not None else None
-        for g, t, needed in zip(found, like, needs)
-    )
+    gradients, like = (dx, ddelta, dA, dB, dC, dD, dinitial), (x, delta, A, B, C, D, initial_state)
+    return wanted(gradients, like, needs)
 
 
 def _loop(
