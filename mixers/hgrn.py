@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.mixer import SequenceMixer
-from mixers.parts import choice, norm
+from mixers.parts import LowerBounded, choice, norm
 from mixers.registry import register
 
 
 @register
-class HGRN(SequenceMixer):
+class HGRN(LowerBounded, SequenceMixer):
     """Hierarchically gated recurrent network: an element-wise linear RNN with a forget gate that is bounded from below.
 
         c_t = SiLU(W_i x_t),   λ_t = γ + (1 − γ) σ(W_f x_t),   g_t = SiLU(W_g x_t)
@@ -86,7 +86,7 @@ class HGRN(SequenceMixer):
             bound = short_conv**-0.5
             self.i_conv = nn.Parameter(torch.empty(numbers, short_conv).uniform_(-bound, bound))
             self.f_conv = nn.Parameter(torch.empty(self.width, short_conv).uniform_(-bound, bound))
-        self._set_lower_bound(lower_bound)
+        self._set_lower_bound("hgrn", lower_bound, self.width)
 
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -135,29 +135,6 @@ class HGRN(SequenceMixer):
             theta = self.theta[direction].to(decay.dtype)
             decay = torch.stack((decay * theta.cos(), decay * theta.sin()), -1)
         return scan(decay, c, h, reverse=direction == 1, cu_seqlens=cu_seqlens, backend=self.backend)
-
-    def lower_bound(self) -> Tensor | float:
-        """γ: a number, or [D]."""
-        bound = self._lower_bound[0]
-        return bound() if callable(bound) else self.fixed_bound if bound is None else bound
-
-    def _set_lower_bound(self, bound: float | Tensor | Callable[[], Tensor] | None) -> None:
-        if isinstance(bound, Tensor):
-            if bound.shape != (self.width,):
-                raise ValueError(f"hgrn: lower_bound has shape {list(bound.shape)}, expected [{self.width}]")
-            if isinstance(bound, nn.Parameter):
-                self.fixed_bound = bound
-            else:
-                self.register_buffer("fixed_bound", bound.detach().clone())
-            bound = None
-        elif bound is None:
-            bound = 0.0
-        elif isinstance(bound, nn.Module):
-            self.bound = bound
-        elif not callable(bound) and not 0 <= bound < 1:
-            raise ValueError(f"hgrn: lower_bound is {bound}, expected 0 <= lower_bound < 1")
-        # in a tuple, so that bounds shared between layers belong to the Stack that owns them, not to every layer
-        self._lower_bound = (bound,)
 
 
 def _norm(kind: str, numbers: int) -> nn.Module:

@@ -13,12 +13,12 @@ from kernels.gla import gla
 from kernels.problem import state_dtype
 from mixers.heads import heads_for, split
 from mixers.mixer import SequenceMixer
-from mixers.parts import norm
+from mixers.parts import LowerBounded, norm
 from mixers.registry import register
 
 
 @register
-class HGRN2(SequenceMixer):
+class HGRN2(LowerBounded, SequenceMixer):
     """Hierarchically gated recurrent network with a matrix state: linear attention, its keys decayed by HGRN's gate.
 
         f_t = γ + (1 − γ) σ(W_f x_t),   k_t = 1 − f_t,   q_t = SiLU(W_q x_t),   v_t = W_i x_t
@@ -59,7 +59,7 @@ class HGRN2(SequenceMixer):
         self.i_proj = nn.Linear(dim, dim, bias=False)
         self.norm = norm("rms", dim)
         self.o_proj = nn.Linear(dim, dim, bias=False)
-        self._set_lower_bound(lower_bound)
+        self._set_lower_bound("hgrn2", lower_bound, self.dim)
 
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -84,26 +84,3 @@ class HGRN2(SequenceMixer):
         # each branch is clamped where the other is taken, or its gradient would not be finite there
         far = torch.log(decay.clamp_min(torch.finfo(f.dtype).tiny))
         return torch.where(rest < 0.5, torch.log1p(-rest.clamp_max(0.5)), far), rest
-
-    def lower_bound(self) -> Tensor | float:
-        """γ: a number, or [dim]."""
-        bound = self._lower_bound[0]
-        return bound() if callable(bound) else self.fixed_bound if bound is None else bound
-
-    def _set_lower_bound(self, bound: float | Tensor | Callable[[], Tensor] | None) -> None:
-        if isinstance(bound, Tensor):
-            if bound.shape != (self.dim,):
-                raise ValueError(f"hgrn2: lower_bound has shape {list(bound.shape)}, expected [{self.dim}]")
-            if isinstance(bound, nn.Parameter):
-                self.fixed_bound = bound
-            else:
-                self.register_buffer("fixed_bound", bound.detach().clone())
-            bound = None
-        elif bound is None:
-            bound = 0.0
-        elif isinstance(bound, nn.Module):
-            self.bound = bound
-        elif not callable(bound) and not 0 <= bound < 1:
-            raise ValueError(f"hgrn2: lower_bound is {bound}, expected 0 <= lower_bound < 1")
-        # in a tuple, so that bounds shared between layers belong to the Stack that owns them, not to every layer
-        self._lower_bound = (bound,)

@@ -84,6 +84,36 @@ class BoundOfLayer:
         return self.bounds()[self.layer]
 
 
+class LowerBounded(nn.Module):
+    """What HGRN and HGRN2 share: a lower bound γ of the forget gates, fixed, learned, or read from elsewhere."""
+
+    fixed_bound: Tensor
+    _lower_bound: tuple[float | Callable[[], Tensor] | None]
+
+    def lower_bound(self) -> Tensor | float:
+        """γ: a number, or one for each of the gates."""
+        bound = self._lower_bound[0]
+        return bound() if callable(bound) else self.fixed_bound if bound is None else bound
+
+    def _set_lower_bound(self, who: str, bound: float | Tensor | Callable[[], Tensor] | None, width: int) -> None:
+        if isinstance(bound, Tensor):
+            if bound.shape != (width,):
+                raise ValueError(f"{who}: lower_bound has shape {list(bound.shape)}, expected [{width}]")
+            if isinstance(bound, nn.Parameter):
+                self.fixed_bound = bound
+            else:
+                self.register_buffer("fixed_bound", bound.detach().clone())
+            bound = None
+        elif bound is None:
+            bound = 0.0
+        elif isinstance(bound, nn.Module):
+            self.bound = bound
+        elif not callable(bound) and not 0 <= bound < 1:
+            raise ValueError(f"{who}: lower_bound is {bound}, expected 0 <= lower_bound < 1")
+        # in a tuple, so that bounds shared between layers belong to the Stack that owns them, not to every layer
+        self._lower_bound = (bound,)
+
+
 def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Rotary position embedding of x [B, T, H, K] at positions [B or 1, T], in float32 (Su et al., arXiv 2104.09864).
 

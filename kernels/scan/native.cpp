@@ -92,7 +92,7 @@ void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Ti
     if (p.dinitial_state) carry.template write<W>(part_of_state<S>(p.dinitial_state, t, p.sequences), n);
 }
 
-// Calls f with the formats of a and of x, and whether columns are pairs. native.py counts them in this order.
+// Calls f with the formats of a and of x, and whether columns are pairs. kernels/memory.py counts them in this order.
 template <class Problem, class F>
 void with_format(const Problem& p, const F& f) {
     auto with_pairs = [&]<class A, class T>() {

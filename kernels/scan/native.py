@@ -14,18 +14,10 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
+from kernels.memory import FORMATS, address, contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# (dtype of a, dtype of x) in the order in which native.cpp counts them
-FORMATS = {
-    (torch.float64, torch.float64): 0,
-    (torch.float32, torch.float32): 1,
-    (torch.float16, torch.float16): 2,
-    (torch.float32, torch.float16): 3,
-    (torch.bfloat16, torch.bfloat16): 4,
-    (torch.float32, torch.bfloat16): 5,
-}
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
 
@@ -101,8 +93,8 @@ def backward(
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """da like a, dx like h and dinitial_state, each None where `needs` says so."""
-    a, h, dh = _side_by_side(a), _side_by_side(h), None if dh is None else _side_by_side(dh)
-    cu_seqlens, initial_state, dfinal_state = _bounds(cu_seqlens), _packed(initial_state), _packed(dfinal_state)
+    a, h, dh = side_by_side(a), side_by_side(h), None if dh is None else side_by_side(dh)
+    cu_seqlens, initial_state, dfinal_state = _bounds(cu_seqlens), contiguous(initial_state), contiguous(dfinal_state)
     da = pool.empty_like(a) if needs[0] else None
     dx = pool.empty_like(h) if needs[1] else None
     dinitial_state = torch.empty_like(initial_state) if needs[2] and initial_state is not None else None
@@ -110,15 +102,15 @@ def backward(
         *_sequences(a, h, cu_seqlens, reverse, config, 2),
         a.data_ptr(),
         h.data_ptr(),
-        _address(dh),
+        address(dh),
         *a.stride()[:2],
         *h.stride()[:2],
         *((0, 0) if dh is None else dh.stride()[:2]),
-        _address(initial_state),
-        _address(dfinal_state),
-        _address(da),
-        _address(dx),
-        _address(dinitial_state),
+        address(initial_state),
+        address(dfinal_state),
+        address(da),
+        address(dx),
+        address(dinitial_state),
     )
     return da, dx, dinitial_state
 
@@ -133,14 +125,14 @@ def _forward(
     reverse: bool,
     config: Mapping[str, int],
 ) -> None:
-    a, x, initial_state, cu_seqlens = _side_by_side(a), _side_by_side(x), _packed(initial_state), _bounds(cu_seqlens)
+    a, x, initial_state, cu_seqlens = side_by_side(a), side_by_side(x), contiguous(initial_state), _bounds(cu_seqlens)
     _function("scan_forward", 19)(
         *_sequences(a, x, cu_seqlens, reverse, config, 1),
         a.data_ptr(),
         x.data_ptr(),
         *a.stride()[:2],
         *x.stride()[:2],
-        _address(initial_state),
+        address(initial_state),
         h.data_ptr(),
         final_state.data_ptr(),
     )
@@ -160,7 +152,7 @@ def _sequences(
     columns = shape[2] * 2 if pairs else shape[2]
     total = shape[0] * shape[1] * columns
     return (
-        _address(cu_seqlens),
+        address(cu_seqlens),
         shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         shape[1],
         columns,
@@ -171,20 +163,6 @@ def _sequences(
         FORMATS[a.dtype, x.dtype],
         pairs,
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """x if its columns (and pairs) lie side by side, else a copy; batch and time may have any strides."""
-    stride = x.stride()
-    return x if stride[-1] == 1 and stride[2] == len(stride) - 2 else x.contiguous()
-
-
-def _packed(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.contiguous()
 
 
 def _bounds(cu_seqlens: Tensor | None) -> Tensor | None:

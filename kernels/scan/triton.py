@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from kernels import triton_aot
+from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
 from kernels.scan.triton_kernels import scan_backward, scan_forward
 
@@ -159,8 +160,8 @@ def _forward(
     config: Mapping[str, int],
     lanes: int,
 ) -> Launch:
-    tensors = {"a": _side_by_side(a), "x": _side_by_side(x), "h": h}
-    states = {"initial": _contiguous(initial), "final": final}
+    tensors: dict[str, Tensor | None] = {"a": side_by_side(a), "x": side_by_side(x), "h": h}
+    states: dict[str, Tensor | None] = {"initial": contiguous(initial), "final": final}
     distances = _distances(tensors)
     del distances["h_t"]
     return _launch(scan_forward, tensors | states, distances, x, cu_seqlens, reverse, config, lanes)
@@ -181,11 +182,11 @@ def _backward(
     lanes: int,
 ) -> Launch:
     read: dict[str, Tensor | None] = {
-        "dh": None if dh is None else _side_by_side(dh),
-        "a": _side_by_side(a),
-        "h": _side_by_side(h),
+        "dh": None if dh is None else side_by_side(dh),
+        "a": side_by_side(a),
+        "h": side_by_side(h),
     }
-    states = {"dfinal": _contiguous(dfinal), "initial": _contiguous(initial), "dinitial": dinitial}
+    states = {"dfinal": contiguous(dfinal), "initial": contiguous(initial), "dinitial": dinitial}
     distances = _distances(read) | {"out_b": 0 if h.shape[0] == 1 else h.shape[1] * h[0, 0].numel()}
     tensors = read | states | {"da": da, "dx": dx}
     return _launch(scan_backward, tensors, distances, h, cu_seqlens, reverse, config, lanes)
@@ -211,7 +212,7 @@ def _launch(
     sequences = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     arguments = tensors | {name: distance // unit for name, distance in distances.items()}
     arguments |= {
-        "cu_seqlens": _contiguous(cu_seqlens),
+        "cu_seqlens": contiguous(cu_seqlens),
         "T": like.shape[1],
         "W": width // unit,
         "UNIT": unit,
@@ -244,18 +245,6 @@ def _distances(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
         found[f"{name}_b"] = 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
         found[f"{name}_t"] = 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)
     return found
-
-
-def _side_by_side(x: Tensor | None) -> Tensor | None:
-    """x if its columns (and pairs) lie side by side, else a copy; batch and time may have any strides."""
-    if x is None:
-        return None
-    expected = (2, 1) if x.ndim == 4 else (1,)
-    return x if x.stride()[2:] == expected or x.is_contiguous() else x.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 @functools.cache

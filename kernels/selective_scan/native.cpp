@@ -330,7 +330,7 @@ void add_parts(const void* from, int64_t parts, int64_t numbers, void* to, int64
     });
 }
 
-// Calls f with the formats of delta and of x. native.py counts them in this order.
+// Calls f with the formats of delta and of x. kernels/memory.py counts them in this order.
 template <class F>
 void with_format(const Problem& p, const F& f) {
     switch (p.format) {

@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
+from kernels.memory import FORMATS, address, side_by_side
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# (dtype of delta, dtype of x) in the order in which native.cpp counts them
-FORMATS = {
-    (torch.float64, torch.float64): 0,
-    (torch.float32, torch.float32): 1,
-    (torch.float16, torch.float16): 2,
-    (torch.float32, torch.float16): 3,
-    (torch.bfloat16, torch.bfloat16): 4,
-    (torch.float32, torch.bfloat16): 5,
-}
 # vectors in a block of channels
 VECTORS = 4
 # fewer numbers than this are done before a second thread has woken up
@@ -80,7 +72,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """(dx, ddelta, dA, dB, dC, dD, dinitial_state), each like its input, or None where `needs` says so."""
     given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens)
-    dy = None if dy is None else _side_by_side(dy)
+    dy = None if dy is None else side_by_side(dy)
     dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
     inputs = (x, delta, A, B, C, D, initial_state)
     found = [pool.empty_like(t) if needed and t is not None else None for t, needed in zip(inputs, needs)]
@@ -92,13 +84,13 @@ def backward(
     of_blocks = given.B.new_empty((2, blocks, *B.shape))
     _function("selective_scan_backward", 33)(
         *given.fields(),
-        _address(dy),
+        address(dy),
         *((0, 0) if dy is None else dy.stride()[:2]),
-        _address(dfinal_state),
-        *map(_address, (dx, ddelta, dinitial_state, dA, dB, dC, dD)),
+        address(dfinal_state),
+        *map(address, (dx, ddelta, dinitial_state, dA, dB, dC, dD)),
         of_sequences.data_ptr(),
         of_sequences.data_ptr() + given.sequences * A.numel() * A.element_size(),
-        *map(_address, of_blocks),
+        *map(address, of_blocks),
     )
     return dx, ddelta, dA, dB, dC, dD, dinitial_state
 
@@ -118,7 +110,7 @@ class _Given:
         cu_seqlens: Tensor | None,
     ) -> None:
         wide = state_dtype(x.dtype)
-        self.x, self.delta = _side_by_side(x), _side_by_side(delta)
+        self.x, self.delta = side_by_side(x), side_by_side(delta)
         # numbers that every channel reads are widened here, once for all blocks of channels
         self.A, self.B, self.C = A.contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous()
         self.D = None if D is None else D.contiguous()
@@ -130,7 +122,7 @@ class _Given:
         """The fields of native.cpp's Problem."""
         x, delta, states = self.x, self.delta, self.A.shape[1]
         return (
-            _address(self.cu_seqlens),
+            address(self.cu_seqlens),
             self.sequences,
             *x.shape[1:],
             states,
@@ -140,19 +132,10 @@ class _Given:
             delta.data_ptr(),
             *x.stride()[:2],
             *delta.stride()[:2],
-            *map(_address, (self.A, self.B, self.C, self.D, self.initial_state)),
+            *map(address, (self.A, self.B, self.C, self.D, self.initial_state)),
         )
 
 
 @functools.cache
 def _function(name: str, fields: int) -> Callable[..., None]:
     return jit_cpp.load(SOURCE).function(name, fields)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """x if its columns lie side by side, else a copy; batch and time may have any strides."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
+from kernels.memory import address, side_by_side
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -83,7 +84,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias and dinitial_state, each like its input, or None where `needs` says so."""
     given = _Given(x, weight, bias, initial_state, cu_seqlens)
-    dy = None if dy is None else _side_by_side(dy)
+    dy = None if dy is None else side_by_side(dy)
     dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
     dx = pool.empty_like(x) if needs[0] else None
     dinitial_state = None
@@ -97,13 +98,13 @@ def backward(
         sums = torch.empty_like(partials[0])
     _function("short_conv_backward", 26)(
         *given.fields("backward", activation, reverse, config),
-        _address(dy),
+        address(dy),
         *((0, 0) if dy is None else dy.stride()[:2]),
-        _address(dfinal_state),
-        _address(dx),
-        _address(dinitial_state),
-        _address(partials),
-        _address(sums),
+        address(dfinal_state),
+        address(dx),
+        address(dinitial_state),
+        address(partials),
+        address(sums),
     )
     dweight = dbias = None
     if sums is not None and needs[1]:
@@ -120,7 +121,7 @@ class _Given:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
     ) -> None:
         sums = state_dtype(x.dtype)
-        self.x = _side_by_side(x)
+        self.x = side_by_side(x)
         # [W, D]
         self.taps = weight.t().to(sums).contiguous()
         self.bias = None if bias is None else bias.to(sums).contiguous()
@@ -134,7 +135,7 @@ class _Given:
         numbers = batch * rows * columns
         size = numbers * x.element_size()
         return (
-            _address(self.cu_seqlens),
+            address(self.cu_seqlens),
             batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
             rows,
             columns,
@@ -149,20 +150,11 @@ class _Given:
             x.data_ptr(),
             *x.stride()[:2],
             self.taps.data_ptr(),
-            _address(self.bias),
-            _address(self.initial_state),
+            address(self.bias),
+            address(self.initial_state),
         )
 
 
 @functools.cache
 def _function(name: str, fields: int) -> Callable[..., None]:
     return jit_cpp.load(SOURCE).function(name, fields)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """x if its columns lie side by side, else a copy; batch and time may have any strides."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()

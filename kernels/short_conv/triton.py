@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from kernels import triton_aot
+from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
 from kernels.short_conv.triton_kernels import add_partials, conv_backward, conv_forward
 
@@ -164,7 +165,7 @@ class _Given:
     lanes: int
 
     def forward(self, y: Tensor, final: Tensor) -> Launch:
-        return self._launch(conv_forward, {"x": _side_by_side(self.x)}, {"y": y, "final": final}, "y_b")
+        return self._launch(conv_forward, {"x": side_by_side(self.x)}, {"y": y, "final": final}, "y_b")
 
     def backward(
         self,
@@ -178,8 +179,8 @@ class _Given:
         D, W = self.weight.shape
         summed = dweight is not None or dbias is not None
         partial = self.x.new_empty((self._pieces, W + 1, D), dtype=state_dtype(self.x.dtype)) if summed else None
-        read = {"dy": None if dy is None else _side_by_side(dy), "x": _side_by_side(self.x)}
-        rest = {"dfinal": _contiguous(dfinal), "dx": dx, "dinitial": dinitial, "partial": partial}
+        read = {"dy": None if dy is None else side_by_side(dy), "x": side_by_side(self.x)}
+        rest = {"dfinal": contiguous(dfinal), "dx": dx, "dinitial": dinitial, "partial": partial}
         launches = [self._launch(conv_backward, read, rest, "dx_b")]
         if partial is not None:
             sums = {"partial": partial, "dweight": dweight, "dbias": dbias, "pieces": self._pieces, "D": D, "W": W}
@@ -215,9 +216,9 @@ class _Given:
             **rest,
             **{name: distance // unit for name, distance in distances.items()},
             "weight": self.weight.contiguous(),
-            "bias": _contiguous(self.bias),
-            "initial": _contiguous(self.initial_state),
-            "cu_seqlens": _contiguous(self.cu_seqlens),
+            "bias": contiguous(self.bias),
+            "initial": contiguous(self.initial_state),
+            "cu_seqlens": contiguous(self.cu_seqlens),
             "T": length,
             "N": batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
             "D": D // unit,
@@ -233,15 +234,6 @@ class _Given:
             "STAGES": min(config["num_stages"], 2) if self.lanes == 64 else config["num_stages"],
         }
         return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"])
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """x if its columns lie side by side, else a copy; batch and time may have any strides."""
-    return x if x.stride(2) == 1 or x.is_contiguous() else x.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 @functools.cache

@@ -1,0 +1,37 @@
+"""How tensors are handed to native and Triton code: addresses, layouts, and numbers for pairs of dtypes."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+# (dtype of decays, dtype of sequences) in the order in which native code counts them
+FORMATS = {
+    (torch.float64, torch.float64): 0,
+    (torch.float32, torch.float32): 1,
+    (torch.float16, torch.float16): 2,
+    (torch.float32, torch.float16): 3,
+    (torch.bfloat16, torch.bfloat16): 4,
+    (torch.float32, torch.bfloat16): 5,
+}
+
+Maybe = TypeVar("Maybe", Tensor, "Tensor | None")
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def side_by_side(x: Maybe) -> Maybe:
+    """x [B, T, D] or [B, T, D, 2] if its columns (and pairs) lie side by side, else a copy; batch and time may have any
+    strides."""
+    if x is None:
+        return x
+    stride = x.stride()
+    return x if stride[-1] == 1 and stride[2] == len(stride) - 2 else x.contiguous()
+
+
+def contiguous(x: Maybe) -> Maybe:
+    return x if x is None else x.contiguous()
