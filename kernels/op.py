@@ -133,11 +133,17 @@ class Op:
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """The opaque operator itself: tensors, cu_seqlens, options and the backend's name, all by position."""
-        if not registration.unwatched(args):
+        if registration.watched():
             return self.forward_overload(*args)
+        signature = self._signature("called", len(self.inputs), args)
+        plan = self._plans.get(signature)
+        if plan is None:
+            if not registration.plain(args):
+                return self.forward_overload(*args)
+            plan = self._remember(signature, "forward", args)
         if registration.needs_gradient(self, args):
-            return self._with_gradient(*args)
-        return self.run_forward(*args)
+            return self._with_gradient(plan, *args)
+        return self.execute(plan, "forward", len(self.inputs), args)
 
     @cached_property
     def source(self) -> str:
@@ -234,30 +240,22 @@ class Op:
 
     def run_forward(self, *args: Any) -> tuple[Tensor, ...]:
         """The operator's kernel: looks the plan up (and checks the tensors where it is new) and runs it."""
-        return self._run("forward", args)
+        return self.run("forward", args)
 
     def run_backward(self, *args: Any) -> tuple[Tensor, ...]:
         """The backward operator's kernel; a gradient that is not needed comes back empty."""
-        gradients = self._run("backward", args)
+        gradients = self.run("backward", args)
         like = next(t for t in args if t is not None)
         return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
-    def _run(self, direction: str, args: Sequence[Any]) -> Any:
+    def run(self, direction: str, args: Sequence[Any]) -> Any:
         count = len(self.names(direction))
-        signature = (
-            direction,
-            autotune.generation(),
-            torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(),
-            args[count + 1 :],
-            *[None if t is None else (t.shape, t.dtype, t.device) for t in args[: count + 1]],
-        )
-        plan = self._plans.get(signature)
-        if plan is None:
-            plan = self._prepare(direction, args)
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            self._plans[signature] = plan
+        signature = self._signature(direction, count, args)
+        plan = self._plans.get(signature) or self._remember(signature, direction, args)
+        return self.execute(plan, direction, count, args)
+
+    def execute(self, plan: Callable[..., Any], direction: str, count: int, args: Sequence[Any]) -> Any:
+        """Runs the plan on tensors that it was made for. count: of the tensors before cu_seqlens."""
         cu_seqlens = args[count]
         if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
             check_cu_seqlens(self.name, cu_seqlens, self.check(direction, args)["T"])
@@ -266,6 +264,25 @@ class Op:
             with torch.autocast(next(t for t in args if t is not None).device.type, enabled=False):
                 return plan(*args[: count + 1])
         return plan(*args[: count + 1])
+
+    @staticmethod
+    def _signature(way: str, count: int, args: Sequence[Any]) -> tuple[Any, ...]:
+        """All that the choice of a plan depends on. way: "called" (plain tensors only), "forward" or "backward"."""
+        return (
+            way,
+            autotune.generation(),
+            torch.get_num_threads(),
+            torch._C._get_deterministic_algorithms(),
+            args[count + 1 :],
+            *[None if t is None else (type(t), t.shape, t.dtype, t.device) for t in args[: count + 1]],
+        )
+
+    def _remember(self, signature: tuple[Any, ...], direction: str, args: Sequence[Any]) -> Callable[..., Any]:
+        plan = self._prepare(direction, args)
+        if len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+        self._plans[signature] = plan
+        return plan
 
     def names(self, direction: str) -> tuple[str, ...]:
         """The names of the operator's tensors before cu_seqlens."""

@@ -33,28 +33,24 @@ def overload(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def unwatched(args: Sequence[Any]) -> bool:
-    """Are these plain tensors outside of any tracing, dispatch mode or function transform?"""
-    if (
+def watched() -> bool:
+    """Is there any tracing, dispatch mode or function transform, which must see the operator?"""
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False
-    for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is Parameter:
-            if arg.is_meta:
-                return False
-        elif kind not in _PLAIN:
-            return False
-    return True
+    )
+
+
+def plain(args: Sequence[Any]) -> bool:
+    """Are these tensors with numbers in them, of no subclass, and plain options?"""
+    return all(not arg.is_meta if type(arg) in (Tensor, Parameter) else type(arg) in _PLAIN for arg in args)
 
 
 def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
-    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the unwatched op with its
-    gradient."""
+    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the op with its gradient for
+    calls that nobody watches, whose first argument is the plan."""
     by_name = {arg.name: arg for arg in (*op.inputs, *op.outputs)}
     options = [f"{_TYPES[type(default)]} {name}" for name, default in op.options.items()]
 
@@ -72,12 +68,13 @@ def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     _library.impl(f"{op.name}_backward", op.run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{op.name}", _fake_forward(op), lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{op.name}_backward", _fake_backward(op), lib=_library)
-    _library.impl(op.name, _autograd(op, _function(op, _below_autograd(op)).apply), "Autograd")
+    function = _function(op)
+    _library.impl(op.name, _autograd(op, function.apply), "Autograd")
     _library.impl(f"{op.name}_backward", _no_second_derivative(op), "Autograd")
     for direction in ("forward", "backward"):
         _register_flops(op, direction)
     # what `apply` comes to where no function is transformed; its way through Python costs as much as the kernel
-    return _CALL.__get__(None, _function(op, op.run_forward))
+    return _CALL.__get__(None, function)
 
 
 def _fake_forward(op: Op) -> Callable[..., Any]:
@@ -111,28 +108,20 @@ def needs_gradient(op: Op, args: Sequence[Any]) -> bool:
     return False
 
 
-def _below_autograd(op: Op) -> Callable[..., Any]:
-    """The dispatcher's way on, once autograd has had its turn."""
-
-    def below(*args: Any) -> Any:
-        with _below():
-            return op.forward_overload(*args)
-
-    return below
-
-
 def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
     """The Autograd key: straight to the kernel if nothing needs a gradient, else through the autograd.Function."""
-    without = _below_autograd(op)
 
     def autograd(*args: Any) -> Any:
-        return with_gradient(*args) if needs_gradient(op, args) else without(*args)
+        if needs_gradient(op, args):
+            return with_gradient(None, *args)
+        with _below():
+            return op.forward_overload(*args)
 
     return autograd
 
 
-def _function(op: Op, run: Callable[..., Any]) -> type[torch.autograd.Function]:
-    """The op with its gradient. run: its forward pass."""
+def _function(op: Op) -> type[torch.autograd.Function]:
+    """The op with its gradient. Its first argument is the plan; None: the dispatcher goes on to what watches."""
     count = len(op.inputs)
     names = [arg.name for arg in (*op.inputs, *op.outputs)]
     # among the arguments (tensors, cu_seqlens, options, backend) and then the outputs
@@ -143,8 +132,12 @@ def _function(op: Op, run: Callable[..., Any]) -> type[torch.autograd.Function]:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            results = tuple(run(*args))
+        def forward(ctx: Any, plan: Callable[..., Any] | None, *args: Any) -> tuple[Tensor, ...]:
+            if plan is None:
+                with _below():
+                    results = tuple(op.forward_overload(*args))
+            else:
+                results = tuple(op.execute(plan, "forward", count, args))
             ctx.save_for_backward(*kept(args + results))
             ctx.rest = args[count + 1 :]
             ctx.set_materialize_grads(False)
@@ -156,7 +149,7 @@ def _function(op: Op, run: Callable[..., Any]) -> type[torch.autograd.Function]:
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             *residuals, cu_seqlens = ctx.saved_tensors
             *options, backend = ctx.rest
-            needs = ctx.needs_input_grad[:count]
+            needs = ctx.needs_input_grad[1 : count + 1]
             nothing = (None,) * (1 + len(ctx.rest))
             if torch.is_grad_enabled():
                 if op.differentiable_backward is None:
@@ -166,12 +159,12 @@ def _function(op: Op, run: Callable[..., Any]) -> type[torch.autograd.Function]:
             else:
                 mask = sum(1 << i for i, needed in enumerate(needs) if needed)
                 args = (*grads, *residuals, cu_seqlens, *options, mask, backend)
-                if unwatched(args):
-                    found = op.run_backward(*args)
+                if not watched() and plain(args):
+                    found = op.run("backward", args)
                 else:
                     with _below():
                         found = op.backward_overload(*args)
-            return (*(g if needed else None for g, needed in zip(found, needs)), *nothing)
+            return (None, *(g if needed else None for g, needed in zip(found, needs)), *nothing)
 
     Function.__name__ = Function.__qualname__ = op.name
     return Function
