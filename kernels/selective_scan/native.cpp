@@ -5,7 +5,7 @@
 #include <new>
 
 #include "../parallel.h"
-#include "exp.h"
+#include "../exp.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // The exponential on vectors, to within 1.25 units in the last place; 1 at 0, and 0 and infinity where it is.
 #pragma once
-#include "../simd.h"
+#include "simd.h"
 
 // exp(r) = 1 + r + r^2 (c[0] + c[1] r + ...) for |r| <= ln(2) / 2. In float the polynomial with the least relative
 // error, 3.1e-9; in double Taylor's, 4e-18.
