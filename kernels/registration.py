@@ -62,7 +62,9 @@ def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     residuals += [tensor(name, by_name[name].optional) for name in op.residuals]
     forward = ", ".join([*inputs, "Tensor? cu_seqlens", *options, "str backend"])
     backward = ", ".join([*residuals, "Tensor? cu_seqlens", *options, "int needs", "str backend"])
-    _library.define(f"{op.name}({forward}) -> ({', '.join(['Tensor'] * len(op.outputs))})")
+    # a single output comes in a list, so that callers get a sequence of tensors whatever the op
+    outputs = ", ".join(["Tensor"] * len(op.outputs)) if len(op.outputs) > 1 else "Tensor[]"
+    _library.define(f"{op.name}({forward}) -> ({outputs})")
     _library.define(f"{op.name}_backward({backward}) -> ({', '.join(['Tensor'] * len(op.inputs))})")
     _library.impl(op.name, op.run_forward, "CompositeExplicitAutograd")
     _library.impl(f"{op.name}_backward", op.run_backward, "CompositeExplicitAutograd")
