@@ -10,12 +10,16 @@ have been imported under TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +48,7 @@ class Compiled:
     registers: per thread. spills: bytes per thread of registers that did not fit. shared: bytes per program.
     occupancy: the share of a multiprocessor's warps that can be resident. loads, stores: how many instructions that
     read and write global memory the code has, by their width in bytes; asynchronous: how many loads go straight to
-    shared memory.
+    shared memory. programs: of the launch, 0 where nobody said; bytes: of the tensors that it is given, each once.
     """
 
     kernel: str
@@ -57,6 +61,23 @@ class Compiled:
     loads: Mapping[int, int]
     stores: Mapping[int, int]
     asynchronous: int
+    programs: int = 0
+    bytes: int = 0
+
+
+# Where `remembering` keeps what was compiled
+_memories: list[Path] = []
+
+
+@contextlib.contextmanager
+def remembering(folder: Path) -> Iterator[None]:
+    """Inside the block nothing is compiled twice: what is known of a kernel is kept in a file of its own, named by a
+    hash of its source, its arguments' types, the target, the options and Triton's version."""
+    _memories.append(folder)
+    try:
+        yield
+    finally:
+        _memories.pop()
 
 
 def lanes(target: str) -> int:
@@ -64,11 +85,13 @@ def lanes(target: str) -> int:
     return 64 if target.startswith("gfx9") else 32
 
 
-def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: str, **options: int) -> Compiled:
+def compile_kernel(
+    kernel: Any, arguments: Mapping[str, Any], target: str, *, programs: int = 0, **options: int
+) -> Compiled:
     """Compiles a @triton.jit function as a launch with these arguments would.
 
     Tensors count as pointers to aligned memory and may be on the meta device; numbers and None as Triton specializes
-    them. options: num_warps and other options of the launch.
+    them. programs: of the launch. options: num_warps and other options of the launch.
 
     Raises:
         ValueError: the target's name is neither "sm_<number>" nor "gfx...".
@@ -81,10 +104,39 @@ def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: str, **opt
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, lanes(target))
     source = specialize(kernel, arguments, nvidia)
-    # Triton prints the whole assembly where the assembler rejects it
-    with contextlib.redirect_stdout(None):
-        compiled = triton.compile(source, target=gpu, options=options)
-    return (_nvidia if nvidia else _amd)(compiled, kernel.__name__, target)
+    moved = sum(x.numel() * x.element_size() for x in arguments.values() if isinstance(x, Tensor))
+    file = _file(source, target, options) if _memories else None
+    found = _remembered(file)
+    if found is None:
+        # Triton prints the whole assembly where the assembler rejects it
+        with contextlib.redirect_stdout(None):
+            compiled = triton.compile(source, target=gpu, options=options)
+        found = (_nvidia if nvidia else _amd)(compiled, kernel.__name__, target)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all, whoever else writes it
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as whole:
+                json.dump(asdict(found), whole)
+            os.replace(whole.name, file)
+    return replace(found, programs=programs, bytes=moved)
+
+
+def _file(source: ASTSource, target: str, options: Mapping[str, int]) -> Path:
+    name = f"{source.hash()} {target} {sorted(options.items())} {triton.__version__}"
+    # What is read from the code is this module's business
+    name += hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return _memories[-1] / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+
+
+def _remembered(file: Path | None) -> Compiled | None:
+    try:
+        known = json.loads(file.read_text()) if file is not None else None
+    except (OSError, ValueError):
+        return None
+    if known is None:
+        return None
+    widths = {name: {int(width): count for width, count in known[name].items()} for name in ("loads", "stores")}
+    return Compiled(**{**known, **widths})
 
 
 def specialize(kernel: Any, arguments: Mapping[str, Any], nvidia: bool) -> ASTSource:

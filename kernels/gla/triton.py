@@ -126,7 +126,10 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
         launches = [given.forward(None, None, given.kept())]
         launches.append(given.backward(v, initial, given.kept(), given.gradients((True,) * 6)))
     nvidia = target.startswith("sm_")
-    return [triton_aot.compile_kernel(a.kernel, a.arguments, target, **a.options(nvidia)) for a in launches]
+    return [
+        triton_aot.compile_kernel(a.kernel, a.arguments, target, programs=a.programs, **a.options(nvidia))
+        for a in launches
+    ]
 
 
 @dataclass(frozen=True)

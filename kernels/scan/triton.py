@@ -132,7 +132,11 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
         launch = _forward(a, like_x, initial, like_x, state(), *rest)
     else:
         launch = _backward(like_x, initial, a, like_x, initial, a, like_x, initial, *rest)
-    return [triton_aot.compile_kernel(launch.kernel, launch.arguments, target, num_warps=launch.num_warps)]
+    return [
+        triton_aot.compile_kernel(
+            launch.kernel, launch.arguments, target, programs=launch.programs, num_warps=launch.num_warps
+        )
+    ]
 
 
 @dataclass(frozen=True)

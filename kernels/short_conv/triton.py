@@ -133,7 +133,10 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
         launches = [given.forward(x, tensor(N, W - 1, D))]
     else:
         launches = given.backward(x, state, x, weight, bias, state)
-    return [triton_aot.compile_kernel(a.kernel, a.arguments, target, num_warps=a.num_warps) for a in launches]
+    return [
+        triton_aot.compile_kernel(a.kernel, a.arguments, target, programs=a.programs, num_warps=a.num_warps)
+        for a in launches
+    ]
 
 
 @dataclass(frozen=True)
