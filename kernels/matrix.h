@@ -1,0 +1,293 @@
+// What kernels of matrix states share: sequences [B, T, heads, columns] in chunks of rows, rows in the format of the
+// sums with zeros behind their columns, and arithmetic on vectors that rounds alike in every kernel.
+//
+// S is the format of states, decays and sums: double for double, else float. A row or state in S is `width` numbers
+// wide, whole vectors.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "exp.h"
+#include "parallel.h"
+#include "simd.h"
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// Before loops whose index must be known when compiling: what they index stays in registers.
+#define UNROLL _Pragma("GCC unroll 16")
+
+template <class S>
+constexpr int kLanes = kVectorBytes / sizeof(S);
+
+// The columns and those behind them that fill the last vector.
+template <class S>
+int64_t whole_vectors(int64_t columns) {
+    return (columns + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
+}
+
+// Uninitialised numbers at the start of a cache line.
+template <class S>
+struct Scratch {
+    struct Free {
+        void operator()(S* p) const { ::operator delete[](p, std::align_val_t(kCacheLine)); }
+    };
+    std::unique_ptr<S[], Free> memory;
+    explicit Scratch(int64_t n) : memory(new (std::align_val_t(kCacheLine)) S[n]) {}
+    S* operator+(int64_t i) const { return memory.get() + i; }
+};
+
+// While it lives, numbers of this thread that are too small to be normal are zero: a state that fades away would cost
+// a hundred times as much.
+class FlushDenormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+
+  public:
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#else
+  public:
+    FlushDenormals() {}
+#endif
+    FlushDenormals(const FlushDenormals&) = delete;
+};
+
+// ---- Vectors of kLanes<S> numbers
+
+template <class S>
+using Lanes = Vec<S, kLanes<S>>;
+
+template <class S>
+INLINE Lanes<S> all(S s) {
+    return s - Lanes<S>{};
+}
+
+// a * b + c, rounded once where the processor can. By name: of two products a compiler may fuse one here and the other
+// there, and then two kernels differ in their last bits.
+template <class V>
+INLINE V multiply_add(V a, V b, V c) {
+    constexpr bool wide = sizeof(a[0]) == 8;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64 && wide) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+    else if constexpr (sizeof(V) == 64) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    else
+#endif
+#if defined(__AVX2__) && defined(__FMA__)
+    if constexpr (sizeof(V) == 32 && wide) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+    else if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    else
+#endif
+#if defined(__aarch64__)
+    if constexpr (sizeof(V) == 16 && wide) return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+    else if constexpr (sizeof(V) == 16) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    else
+#endif
+        return a * b + c;
+}
+
+// The first n of a vector's numbers, and zeros behind them.
+template <class T>
+INLINE Lanes<StateOf<T>> load_some(const T* from, int64_t n) {
+    constexpr int W = kLanes<StateOf<T>>;
+    if (n >= W) return load<W>(from);
+    T part[W] = {};
+    if (n > 0) std::memcpy(part, from, n * sizeof(T));
+    return load<W>(part);
+}
+
+template <class T>
+INLINE void store_some(T* to, Lanes<StateOf<T>> v, int64_t n) {
+    constexpr int W = kLanes<StateOf<T>>;
+    if (n >= W) return store(to, v);
+    T part[W];
+    store(part, v);
+    if (n > 0) std::memcpy(to, part, n * sizeof(T));
+}
+
+// By halves, the sums of lanes i, i + W, i + 2 W, ...
+template <int W, class V>
+INLINE auto fold(V v) {
+    using S = std::remove_cvref_t<decltype(v[0])>;
+    if constexpr (lanes<V> == W) return v;
+    else {
+        Vec<S, lanes<V> / 2> half[2];
+        std::memcpy(half, &v, sizeof v);
+        return fold<W>(half[0] + half[1]);
+    }
+}
+
+// The sum of all lanes.
+template <class V>
+INLINE auto sum(V v) {
+    return fold<1>(v)[0];
+}
+
+// Lane i of the result is lane PICK(i) of a and b, one behind the other.
+template <int (*PICK)(int), class V, int... I>
+INLINE V shuffle(V a, V b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, PICK(I)...);
+}
+
+// In every group of four lanes a0 b0 a1 b1, or with UPPER a2 b2 a3 b3.
+template <int W, bool UPPER>
+constexpr int one_by_one(int i) {
+    return i / 4 * 4 + 2 * UPPER + i % 4 / 2 + i % 2 * W;
+}
+// In every group of four lanes a0 a1 b0 b1, or with UPPER a2 a3 b2 b3.
+template <int W, bool UPPER>
+constexpr int two_by_two(int i) {
+    return i / 4 * 4 + 2 * UPPER + i % 2 + i % 4 / 2 * W;
+}
+
+// to[i] = the sum of all lanes of v[i], of four vectors at once.
+template <class S>
+INLINE void sums_of_four(const Lanes<S>* v, S* to) {
+    constexpr int W = kLanes<S>;
+    if constexpr (W < 4) {
+        for (int i = 0; i < 4; ++i) to[i] = sum(v[i]);
+    } else {
+        constexpr std::make_integer_sequence<int, W> lane;
+        auto ab = shuffle<one_by_one<W, false>>(v[0], v[1], lane) + shuffle<one_by_one<W, true>>(v[0], v[1], lane);
+        auto cd = shuffle<one_by_one<W, false>>(v[2], v[3], lane) + shuffle<one_by_one<W, true>>(v[2], v[3], lane);
+        auto four = shuffle<two_by_two<W, false>>(ab, cd, lane) + shuffle<two_by_two<W, true>>(ab, cd, lane);
+        store(to, fold<4>(four));
+    }
+}
+
+// ---- Sequences of rows
+
+// [B, T, heads, columns], by its strides in elements; columns lie side by side. Of no tensor data is null.
+struct Heads {
+    const void* data;
+    int64_t batch, row, head;
+
+    template <class T>
+    T* at(int64_t b, int64_t t, int64_t h) const {
+        return static_cast<T*>(const_cast<void*>(data)) + b * batch + t * row + h * head;
+    }
+};
+
+// A contiguous [B, T, heads, columns].
+inline Heads contiguous(const void* data, int64_t rows, int64_t heads, int64_t columns) {
+    return {data, rows * heads * columns, heads * columns, columns};
+}
+
+// Some rows of one sequence and head.
+struct Chunk {
+    int64_t sequence, head, batch, first, rows;
+};
+
+// Sequences cut into chunks of `size` rows; the last of each may be shorter, and an empty one has none.
+class Chunks {
+    const int64_t* cu_seqlens;
+    int64_t rows, size;
+    // of each sequence, and behind the last
+    std::vector<int64_t> starts;
+
+  public:
+    // cu_seqlens: [sequences + 1], of which the batch is 1, or null: `sequences` of `rows` rows each.
+    Chunks(const int64_t* cu_seqlens, int64_t sequences, int64_t rows, int64_t size)
+        : cu_seqlens(cu_seqlens), rows(rows), size(size), starts(sequences + 1) {
+        for (int64_t n = 0; n < sequences; ++n) starts[n + 1] = starts[n] + (whole(n, 0).rows + size - 1) / size;
+    }
+    int64_t sequences() const { return starts.size() - 1; }
+    int64_t total() const { return starts.back(); }
+    // Of sequence n: the number of its first chunk among those of all sequences, and how many it has.
+    int64_t start(int64_t n) const { return starts[n]; }
+    int64_t count(int64_t n) const { return starts[n + 1] - starts[n]; }
+
+    // All rows of a sequence.
+    Chunk whole(int64_t n, int64_t head) const {
+        if (cu_seqlens == nullptr) return {n, head, n, 0, rows};
+        return {n, head, 0, cu_seqlens[n], cu_seqlens[n + 1] - cu_seqlens[n]};
+    }
+    // Chunk number c of sequence n.
+    Chunk chunk(int64_t n, int64_t head, int64_t c) const {
+        Chunk found = whole(n, head);
+        return {n, head, found.batch, found.first + c * size, std::min(size, found.rows - c * size)};
+    }
+    // Number i among the chunks of all sequences.
+    Chunk among_all(int64_t i, int64_t head) const {
+        int64_t n = std::upper_bound(starts.begin(), starts.end(), i) - starts.begin() - 1;
+        return chunk(n, head, i - starts[n]);
+    }
+};
+
+// Calls f with the memory format of sequences: 0 double, 1 float, 2 half, 3 bfloat16.
+template <class S, class F>
+void with_format(int64_t format, const F& f) {
+    if constexpr (std::is_same_v<S, double>) f.template operator()<double>();
+    else if (format == 1) f.template operator()<float>();
+    else if (format == 2) f.template operator()<Half>();
+    else f.template operator()<BFloat16>();
+}
+
+// `factor` times a chunk's rows, in S: to [rows, width], zeros behind the columns. No tensor: all zeros. The rows of the
+// next chunk are prefetched.
+template <class S>
+OUTLINE void read_rows(Heads from, int64_t format, const Chunk& c, int64_t columns, S factor, S* to, int64_t width) {
+    if (from.data == nullptr) return std::memset(to, 0, c.rows * width * sizeof(S)), void();
+    with_format<S>(format, [&]<class T>() {
+        for (int64_t t = 0; t < c.rows; ++t, to += width) {
+            const T* row = from.at<const T>(c.batch, c.first + t, c.head);
+            const T* later = row + c.rows * from.row;
+            for (int64_t i = 0; i < width; i += kLanes<S>) {
+                __builtin_prefetch(later + i);
+                store(to + i, factor * load_some(row + i, columns - i));
+            }
+        }
+    });
+}
+
+template <class S>
+OUTLINE void write_rows(Heads to, int64_t format, const Chunk& c, int64_t columns, const S* from, int64_t width) {
+    if (to.data == nullptr) return;
+    with_format<S>(format, [&]<class T>() {
+        for (int64_t t = 0; t < c.rows; ++t, from += width) {
+            T* row = to.at<T>(c.batch, c.first + t, c.head);
+            for (int64_t i = 0; i < columns; i += kLanes<S>) store_some(row + i, load<kLanes<S>>(from + i), columns - i);
+        }
+    });
+}
+
+// The decays of a chunk from their logarithms in S: to [rows, width], 1 behind the keys and where no tensor is.
+// per_key: log_decay has a column for each of them, else one for all.
+template <class S>
+OUTLINE void read_decays(Heads log_decay, bool per_key, const Chunk& c, int64_t keys, S* to, int64_t width) {
+    if (log_decay.data == nullptr) return std::fill_n(to, c.rows * width, S(1)), void();
+    for (int64_t t = 0; t < c.rows; ++t, to += width) {
+        const S* row = log_decay.at<const S>(c.batch, c.first + t, c.head);
+        auto decay = exponential<kLanes<S>, S>(all(row[0]));
+        for (int64_t i = 0; i < width; i += kLanes<S>) {
+            if (per_key) decay = exponential<kLanes<S>, S>(load_some(row + i, keys - i));
+            store(to + i, decay);
+        }
+    }
+}
+
+// A state [K, V] as [V, width] with zeros behind its keys, and back. No state: all zeros.
+template <class S>
+OUTLINE void transpose_in(const S* from, int64_t K, int64_t V, S* to, int64_t width) {
+    if (from == nullptr) return std::memset(to, 0, V * width * sizeof(S)), void();
+    for (int64_t v = 0; v < V; ++v)
+        for (int64_t k = 0; k < width; ++k) to[v * width + k] = k < K ? from[k * V + v] : S(0);
+}
+
+template <class S>
+OUTLINE void transpose_out(const S* from, int64_t width, int64_t K, int64_t V, S* to) {
+    for (int64_t k = 0; k < K; ++k)
+        for (int64_t v = 0; v < V; ++v) to[k * V + v] = from[v * width + k];
+}
+
+// to[i] = the sum of from[part][i] over the parts, in double and in one order, whoever computed them.
+template <class S>
+void add_parts(const S* from, int64_t parts, int64_t numbers, S* to) {
+    for (int64_t i = 0; i < numbers; ++i) {
+        double total = 0;
+        for (int64_t part = 0; part < parts; ++part) total += from[part * numbers + i];
+        to[i] = S(total);
+    }
+}
