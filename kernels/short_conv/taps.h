@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cut.h"
-#include "sigmoid.h"
+#include "../sigmoid.h"
 
 template <class T>
 const T* or_zeros(const T* row, int64_t column) {

@@ -1,6 +1,6 @@
 // The sigmoid on vectors, to within 4 units in the last place.
 #pragma once
-#include "../simd.h"
+#include "simd.h"
 
 // 1, 1, 1/2, 1/6, ...
 template <class S, int N>
