@@ -22,10 +22,13 @@
 template <class S>
 constexpr int kLanes = kVectorBytes / sizeof(S);
 
-// The columns and those behind them that fill the last vector.
+// n rounded up.
+inline int64_t multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+
+// The columns and those behind them that fill the last vector, and four of any format.
 template <class S>
 int64_t whole_vectors(int64_t columns) {
-    return (columns + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
+    return multiple(columns, std::max(kLanes<S>, 4));
 }
 
 // Uninitialised numbers at the start of a cache line.
@@ -157,6 +160,20 @@ INLINE void sums_of_four(const Lanes<S>* v, S* to) {
     }
 }
 
+// ---- Work
+
+// Calls f(i, scratch) for i in [0, n), each once, on torch's threads; `numbers` of scratch to each thread.
+template <class S, class F>
+void parallel_with_scratch(int64_t n, int64_t threads, int64_t numbers, const F& f) {
+    threads = std::min(n, threads);
+    std::atomic<int64_t> next = 0;
+    parallel_for(threads, threads, [&](int64_t) {
+        FlushDenormals flush;
+        Scratch<S> scratch(numbers);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, scratch + 0);
+    });
+}
+
 // ---- Sequences of rows
 
 // [B, T, heads, columns], by its strides in elements; columns lie side by side. Of no tensor data is null.
@@ -225,8 +242,8 @@ void with_format(int64_t format, const F& f) {
     else f.template operator()<BFloat16>();
 }
 
-// `factor` times a chunk's rows, in S: to [rows, width], zeros behind the columns. No tensor: all zeros. The rows of the
-// next chunk are prefetched.
+// `factor` times a chunk's rows, in S: to [rows, width], zeros behind the columns. No tensor: all zeros. Prefetches the
+// rows of the next chunk.
 template <class S>
 OUTLINE void read_rows(Heads from, int64_t format, const Chunk& c, int64_t columns, S factor, S* to, int64_t width) {
     if (from.data == nullptr) return std::memset(to, 0, c.rows * width * sizeof(S)), void();
@@ -248,7 +265,8 @@ OUTLINE void write_rows(Heads to, int64_t format, const Chunk& c, int64_t column
     with_format<S>(format, [&]<class T>() {
         for (int64_t t = 0; t < c.rows; ++t, from += width) {
             T* row = to.at<T>(c.batch, c.first + t, c.head);
-            for (int64_t i = 0; i < columns; i += kLanes<S>) store_some(row + i, load<kLanes<S>>(from + i), columns - i);
+            for (int64_t i = 0; i < columns; i += kLanes<S>)
+                store_some(row + i, load<kLanes<S>>(from + i), columns - i);
         }
     });
 }
@@ -268,12 +286,13 @@ OUTLINE void read_decays(Heads log_decay, bool per_key, const Chunk& c, int64_t 
     }
 }
 
-// A state [K, V] as [V, width] with zeros behind its keys, and back. No state: all zeros.
+// A state [K, V] as [rows, width] with zeros behind its values and keys, and back. No state: all zeros.
 template <class S>
-OUTLINE void transpose_in(const S* from, int64_t K, int64_t V, S* to, int64_t width) {
-    if (from == nullptr) return std::memset(to, 0, V * width * sizeof(S)), void();
+OUTLINE void transpose_in(const S* from, int64_t K, int64_t V, S* to, int64_t rows, int64_t width) {
+    std::memset(to, 0, rows * width * sizeof(S));
+    if (from == nullptr) return;
     for (int64_t v = 0; v < V; ++v)
-        for (int64_t k = 0; k < width; ++k) to[v * width + k] = k < K ? from[k * V + v] : S(0);
+        for (int64_t k = 0; k < K; ++k) to[v * width + k] = from[k * V + v];
 }
 
 template <class S>

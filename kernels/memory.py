@@ -33,5 +33,15 @@ def side_by_side(x: Maybe) -> Maybe:
     return x if stride[-1] == 1 and stride[2] == len(stride) - 2 else x.contiguous()
 
 
+def columns_together(x: Maybe) -> Maybe:
+    """x [B, T, H, D] if its last axis lies side by side, else a copy; the others may have any strides."""
+    return x if x is None or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def heads(x: Tensor | None) -> tuple[int, int, int, int]:
+    """x [B, T, H, D] with its columns together as matrix.h's Heads: address, and the strides of B, T and H."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
 def contiguous(x: Maybe) -> Maybe:
     return x if x is None else x.contiguous()
