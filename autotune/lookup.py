@@ -181,6 +181,11 @@ def listing(key: Key, source: str) -> list[tuple[Record, str, bool]]:
     return [(record, where, record.source != source) for record, where in reversed(rows)]
 
 
+def rows(device: str) -> list[Record]:
+    """Every row for the device, shipped and the user's, the oldest of a key first."""
+    return [record for found in list(_stack[-1].index(device).rows.values()) for record, _ in found]
+
+
 def closest(key: Key) -> Key | None:
     """The recorded key of the same op and device that differs in the fewest fields; `key.difference` says which.
 

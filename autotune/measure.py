@@ -44,7 +44,8 @@ class Interleaved:
 
     runs: the callables. synchronize: waits for the device, called before each reading of the clock. give_up: a run
     that took more than so many times the fastest one's median, after two rounds, is not repeated further: it has lost,
-    and would take most of the time. clock: seconds, for tests.
+    and would take most of the time. watch: given the number of a run and the last result of each of its samples, while
+    the clock stands; what it raises counts as the run's error. clock: seconds, for tests.
 
     Whoever is interrupted in `rounds` still finds in `timings` what was measured so far.
     """
@@ -55,10 +56,12 @@ class Interleaved:
         *,
         synchronize: Callable[[], None] | None = None,
         give_up: float | None = None,
+        watch: Callable[[int, object], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.runs = list(runs)
         self.give_up = give_up
+        self.watch = watch
         self.clock = clock
         self._synchronize = synchronize or (lambda: None)
         self._repeats = [0] * len(self.runs)
@@ -118,10 +121,15 @@ class Interleaved:
         run = self.runs[i]
         self._synchronize()
         start = self.clock()
-        for _ in range(repeats):
+        # a result is let go before the next is made, as in a program: where memory is reused, that counts
+        for _ in range(repeats - 1):
             run()
+        result = run()
         self._synchronize()
-        return self.clock() - start
+        elapsed = self.clock() - start
+        if self.watch:
+            self.watch(i, result)
+        return elapsed
 
 
 def measure(

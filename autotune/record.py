@@ -37,10 +37,11 @@ def candidate(backend: str, config: Config) -> Candidate:
 class Record:
     """One measurement of one candidate (backend and config).
 
-    status: "ok" (timed), "wrong" (its results differ from the reference) or "error" (it raised); a table may hold
-    others from later versions, which are kept and never chosen. median_s, spread_s: median and interquartile range
-    over the rounds, in seconds, for "ok"; message: the reason, for the others. source: hash of the op's sources.
-    date: ISO 8601, UTC.
+    status: "ok" (timed), "wrong" (its results differ from the reference, or it hangs or crashes) or "error" (it raised,
+    or gave no result in the time that a search had); a table may hold others from later versions, which are kept and
+    never chosen. median_s, spread_s: median and interquartile range over the rounds, in seconds, for "ok"; message: the
+    reason, for the others. source: hash of the op's sources. date: ISO 8601, UTC. limit_s: how many seconds a candidate
+    had that gave no result; a search that can give it twice as many tries it again.
 
     Raises:
         ValueError: "ok" without finite times.
@@ -61,6 +62,7 @@ class Record:
     threads: int = 0
     date: str = ""
     schema: int = SCHEMA
+    limit_s: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", dict(self.config))
@@ -165,6 +167,7 @@ _DETAILS: dict[str, tuple[type, ...]] = {
     "threads": _COUNT,
     "date": _TEXT,
     "schema": _COUNT,
+    "limit_s": _NUMBER,
 }
 
 

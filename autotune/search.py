@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autotune import lookup, record
+from autotune.check import Failure, Outputs, check, checksums, described
 from autotune.device import synchronizer
 from autotune.key import Key
 from autotune.measure import Interleaved, Timing
@@ -26,7 +26,9 @@ CHECKING = 0.75
 # A candidate this many times slower than the fastest one gets two rounds only.
 GIVE_UP = 4.0
 
-Outputs = Any
+# A candidate that gave no result gets another try from a search that can give it so many times as long.
+PATIENCE = 2.0
+
 Progress = Callable[[int, int, str], None]
 
 _warned: set[Path] = set()
@@ -52,8 +54,16 @@ class Candidate:
         return " ".join([self.backend, *(f"{k}={v}" for k, v in self.config.items())])
 
 
+# Tries a candidate where it can do no harm, in about so many seconds; None: it may be run here.
+Trial = Callable[[Candidate, float], "Failure | None"]
+
+
 class DeviceLost(RuntimeError):
     """A candidate left the device in a state in which nothing can be run; what follows says nothing of the others."""
+
+
+class OtherBits(Exception):
+    """A call gave other bits than the one before it."""
 
 
 def search(
@@ -68,22 +78,25 @@ def search(
     store: Store | None = None,
     progress: Progress | None = None,
     retime: bool = False,
+    trial: Trial | None = None,
+    device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
     """Checks and times the candidates (simplest first) that have no record yet, and returns the new records.
 
     A candidate is timed only after its outputs agreed with the reference's and came out with the same bits twice;
-    else it is recorded as "wrong" with the reason, or as "error" if it raised. agree(outputs, expected) returns None,
-    or what differs. Those that pass are timed against one another, together with the fastest candidate known so far,
-    so that one comparison is never between two occasions. Failures are saved at once, timings after their rounds, and
-    also when the search is interrupted in the middle of them.
+    else it is recorded as "wrong" with the reason, or as "error" if it raised; so is one whose bits change while it is
+    timed. agree(outputs, expected) returns None, or what differs. Those that pass are timed against one another,
+    together with the fastest candidate known so far, so that one comparison is never between two occasions. Failures
+    are saved at once, timings after their rounds, and also when the search is interrupted in the middle of them.
 
     source: hash of the op's sources. seconds: no check starts when three quarters are over, no sample when all
     are; a check in progress cannot be cut short, and what passed always gets the last quarter. Candidates that got no
     round are left unrecorded, for the next search. Where time may run out, the first config of each backend comes
     first, the last listed backend before the others. store: where to save and what counts as recorded, by default the
     user's table of the key's device. retime: try all, recorded or not. progress: called with steps done, steps in all
-    and what comes next. clock: seconds, for tests.
+    and what comes next. trial: is asked about a candidate before anything of it is run here. device: where the
+    candidates run, by default where the reference's first tensor is. clock: seconds, for tests.
 
     A store that cannot be written costs nothing but a warning: the records are returned, and kept for this process.
 
@@ -94,11 +107,11 @@ def search(
     start = clock()
     store = store or lookup.user_store(key.device)
     known = lookup.newest(_recorded(key, source, store), source)
-    todo = _order(candidates, known, retime)
+    todo = _order(candidates, {name: r for name, r in known.items() if not _again(r, seconds)}, retime)
     if not todo:
         return []
     expected = reference()
-    device = _device(expected)
+    device = device or _device(expected)
     made: list[Record] = []
 
     def save(candidate: Candidate, status: str, **facts: Any) -> None:
@@ -112,20 +125,33 @@ def search(
             progress(done, len(todo) + rounds, what)
 
     ready: list[tuple[Candidate, Callable[[], Outputs]]] = []
+    bits: list[list[int]] = []
+
+    def watch(i: int, outputs: object) -> None:
+        if checksums(outputs) != bits[i]:
+            raise OtherBits("not deterministic: while it was timed, a call gave different bits")
+
     for done, candidate in enumerate(todo):
-        if clock() - start >= CHECKING * seconds:
+        left = CHECKING * seconds - (clock() - start)
+        if left <= 0:
             break
         tell(done, f"checking {candidate}")
-        run, status, message = _check(candidate, expected, agree)
-        if run is not None:
-            ready.append((candidate, run))
+        failure = trial(candidate, left) if trial else None
+        if failure is not None:
+            save(candidate, failure.status, message=failure.message, limit_s=failure.limit_s)
             continue
-        save(candidate, status, message=message)
-        if status == "error":
-            _still_there(device, candidate, message)
+        found = check(candidate.prepare, expected, agree)
+        if not isinstance(found, Failure):
+            ready.append((candidate, found[0]))
+            bits.append(checksums(found[1]))
+            continue
+        save(candidate, found.status, message=found.message)
+        if found.status == "error":
+            _still_there(device, candidate, found.message)
     del expected
 
-    interleaved = Interleaved([run for _, run in ready], synchronize=synchronizer(device), give_up=GIVE_UP, clock=clock)
+    runs = [run for _, run in ready]
+    interleaved = Interleaved(runs, synchronize=synchronizer(device), give_up=GIVE_UP, watch=watch, clock=clock)
     tell(len(todo), "timing")
     try:
         left = max(seconds - (clock() - start), (1 - CHECKING) * seconds)
@@ -156,30 +182,21 @@ def _order(candidates: Sequence[Candidate], known: Mapping[record.Candidate, Rec
     return list(ordered.values())
 
 
-def _check(
-    candidate: Candidate, expected: Outputs, agree: Callable[[Outputs, Outputs], str | None]
-) -> tuple[Callable[[], Outputs] | None, str, str]:
-    """The call if the candidate is right, else None with a status and a reason."""
-    try:
-        run = candidate.prepare()
-        # A copy: the second call may write into the same buffers.
-        first = _copy(run())
-    except Exception as error:
-        return None, "error", _described(error)
-    try:
-        difference = agree(first, expected)
-    except Exception as error:
-        return None, "wrong", f"cannot be compared with the reference: {_described(error)}"
-    if difference is not None:
-        return None, "wrong", difference
-    try:
-        second = run()
-        same = same_bits(first, second)
-    except Exception as error:
-        return None, "error", f"at the second call: {_described(error)}"
-    if not same:
-        return None, "wrong", "not deterministic: two calls with the same inputs gave different bits"
-    return run, "ok", ""
+def _again(known: Record, seconds: float) -> bool:
+    """Whether it gave no result in its time, and this search can give it more."""
+    return known.failed and known.limit_s is not None and CHECKING * seconds >= PATIENCE * known.limit_s
+
+
+def trusted(key: Key, source: str) -> set[record.Candidate]:
+    """The candidates found right on this device with these sources, for any problem of the op in this direction.
+
+    Goes through the whole table.
+    """
+    return {
+        row.candidate
+        for row in lookup.rows(key.device)
+        if (row.key.op, row.key.direction, row.source, row.status) == (key.op, key.direction, source, "ok")
+    }
 
 
 def _still_there(device: torch.device | None, candidate: Candidate, message: str) -> None:
@@ -193,8 +210,10 @@ def _still_there(device: torch.device | None, candidate: Candidate, message: str
 
 
 def _save_timing(save: Callable[..., None], candidate: Candidate, timing: Timing) -> None:
-    if timing.error is not None:
-        save(candidate, "error", message=f"while it was timed: {_described(timing.error)}")
+    if isinstance(timing.error, OtherBits):
+        save(candidate, "wrong", message=str(timing.error))
+    elif timing.error is not None:
+        save(candidate, "error", message=f"while it was timed: {described(timing.error)}")
     elif timing.rounds:
         save(candidate, "ok", median_s=timing.median, spread_s=timing.spread, rounds=timing.rounds)
 
@@ -211,36 +230,6 @@ def _append(store: Store, new: Record) -> None:
             warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def same_bits(a: Outputs, b: Outputs) -> bool:
-    """Whether two results are equal bit for bit: NaN equals the same NaN, 0.0 is not -0.0."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-        return alike and torch.equal(_bytes(a), _bytes(b))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return struct.pack("d", a) == struct.pack("d", b)
-    return type(a) is type(b) and bool(a == b)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _copy(outputs: Outputs) -> Outputs:
-    if isinstance(outputs, Tensor):
-        return outputs.detach().clone()
-    if isinstance(outputs, Mapping):
-        return {name: _copy(value) for name, value in outputs.items()}
-    if isinstance(outputs, (tuple, list)):
-        copies = [_copy(value) for value in outputs]
-        # A named tuple takes its fields one by one.
-        return type(outputs)(*copies) if hasattr(outputs, "_fields") else type(outputs)(copies)
-    return outputs
-
-
 def _device(outputs: Outputs) -> torch.device | None:
     """Where the first tensor lives; None if there is none."""
     if isinstance(outputs, Tensor):
@@ -250,7 +239,3 @@ def _device(outputs: Outputs) -> torch.device | None:
     if isinstance(outputs, (tuple, list)):
         return next((device for device in map(_device, outputs) if device is not None), None)
     return None
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -16,8 +16,10 @@ from torch import Tensor
 
 import autotune
 from autotune import Key, Record, Store
+from autotune import check as check_module
 from autotune import search as search_module
-from autotune.search import Candidate, DeviceLost, same_bits, search
+from autotune.check import Failure, checksums, same_bits
+from autotune.search import Candidate, DeviceLost, search, trusted
 
 EXPECTED = torch.tensor([1.0, 2.0, 3.0])
 
@@ -80,6 +82,9 @@ def planted() -> dict[str, tuple[Callable[[], Any], str, str]]:
             raise RuntimeError("once only")
         return EXPECTED, None
 
+    def third_time() -> Any:
+        return EXPECTED * (math.nan if next(tick) == 2 else 1), None
+
     static = torch.zeros(3)
 
     def same_buffer() -> Any:
@@ -93,6 +98,7 @@ def planted() -> dict[str, tuple[Callable[[], Any], str, str]]:
         "sign of zero": (lambda: (EXPECTED, torch.tensor(0.0) * (-1) ** next(tick)), "wrong", "different bits"),
         "shape": (lambda: (torch.ones(2), None), "wrong", "cannot be compared with the reference: RuntimeError"),
         "no tensor": (lambda: None, "wrong", "cannot be compared with the reference: TypeError"),
+        "nan once, while timed": (third_time, "wrong", "while it was timed, a call gave different bits"),
         "raises": (raises, "error", "RuntimeError: out of shared memory"),
         "raises the second time": (second_time, "error", "at the second call: RuntimeError: once only"),
         "raises while timed": (raises_later, "error", "while it was timed: RuntimeError: out of luck"),
@@ -332,6 +338,63 @@ def test_a_lost_device_ends_the_search_instead_of_condemning_the_rest(
     assert [r.backend for r in Store(cache / "tuned" / "toy-device.jsonl").read()] == ["native"]
 
 
+def test_a_candidate_that_fails_its_trial_is_not_run_here(shop: Workshop, make_key: Callable[..., Key]) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def trial(candidate: Candidate, seconds: float) -> Failure | None:
+        asked.append((candidate.backend, seconds))
+        shop.now += 100.0
+        return Failure("wrong", "killed by SIGSEGV") if candidate.backend == "native" else None
+
+    candidates = [shop.candidate("naive"), shop.candidate("native")]
+    records = {r.backend: r for r in shop.search(make_key(), candidates, trial=trial)}
+    assert (records["native"].status, records["native"].message) == ("wrong", "killed by SIGSEGV")
+    assert records["naive"].status == "ok"
+    assert "native" not in shop.log
+    # three quarters of a thousand seconds are for checks
+    assert asked == [("native", 750.0), ("naive", 650.0)]
+
+
+def test_what_gave_no_result_is_tried_again_with_twice_the_time(shop: Workshop, make_key: Callable[..., Key]) -> None:
+    def late(_: Candidate, seconds: float) -> Failure:
+        return Failure("error", "no result", limit_s=seconds)
+
+    candidates = [shop.candidate("native")]
+    (record,) = shop.search(make_key(), candidates, seconds=10.0, trial=late)
+    assert record == Record.from_line(record.to_line())
+    assert record.limit_s == 7.5
+    assert shop.search(make_key(), candidates, seconds=19.0) == []
+    assert [r.status for r in shop.search(make_key(), candidates, seconds=20.0)] == ["ok"]
+    assert shop.search(make_key(), candidates, seconds=20.0) == []
+
+
+def test_trusted_is_what_was_right_in_this_direction_with_these_sources(
+    make_key: Callable[..., Key], make_record: Callable[..., Record]
+) -> None:
+    other_size = make_key(length=8, sizes=(("D", 3),))
+    rows = [
+        make_record("right", key=other_size),
+        make_record("stale", source="before"),
+        make_record("other direction", key=make_key(direction="backward")),
+        make_record("other op", key=make_key(op="gla")),
+        make_record("wrong", "wrong"),
+    ]
+    store = autotune.user_store("toy-device")
+    for row in rows:
+        store.append(row)
+    assert trusted(make_key(), "src") == {("right", ())}
+
+
+def test_bits_are_watched_at_any_offset() -> None:
+    whole = torch.arange(9, dtype=torch.int16)
+    for tensor in (whole, whole[1:], whole[:-1].view(2, 4).T, whole[:0]):
+        before = checksums({"y": (tensor, None)})
+        assert before == checksums({"y": (tensor.clone(), None)})
+        if tensor.numel():
+            tensor[-1] += 1
+            assert before != checksums({"y": (tensor, None)})
+
+
 def test_a_faulty_reference_is_the_callers_error(shop: Workshop, make_key: Callable[..., Key]) -> None:
     def reference() -> Any:
         raise RuntimeError("no memory")
@@ -346,8 +409,8 @@ Pair = namedtuple("Pair", "y state")
 def test_bits_are_compared_in_every_structure() -> None:
     nan, zero = torch.tensor([math.nan]), torch.tensor(0.0)
     a = {"y": [torch.ones(2, 3).T, nan], "n": None, "f": math.nan, "p": Pair(zero, torch.ones(0))}
-    assert same_bits(a, search_module._copy(a))
-    assert isinstance(search_module._copy(a)["p"], Pair)
+    assert same_bits(a, check_module._copy(a))
+    assert isinstance(check_module._copy(a)["p"], Pair)
     complex_ = torch.tensor([1 + 2j])
     assert same_bits(complex_.conj(), torch.tensor([1 - 2j]))
     for other in (-zero, torch.zeros(1), zero.double(), None, 0.0, torch.tensor(1.0)):
