@@ -118,7 +118,11 @@ OP = Op(
     options={"scale": 1.0},
     residuals=NAMES,
     gradients={name: name for name in NAMES},
-    backends=(Backend("naive", "kernels.delta_rule.naive"), Backend("compiled", "kernels.delta_rule.compiled")),
+    backends=(
+        Backend("naive", "kernels.delta_rule.naive"),
+        Backend("compiled", "kernels.delta_rule.compiled"),
+        Backend("fla", "kernels.delta_rule.fla", devices=("cuda",), foreign=True),
+    ),
     sample=_sample,
     cost=_cost,
     differentiable_backward=_differentiable_backward,

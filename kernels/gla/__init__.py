@@ -121,6 +121,7 @@ OP = Op(
         Backend("naive", "kernels.gla.naive"),
         Backend("compiled", "kernels.gla.compiled"),
         Backend("triton", "kernels.gla.triton", devices=("cuda",)),
+        Backend("fla", "kernels.gla.fla", devices=("cuda",), foreign=True),
     ),
     sample=_sample,
     cost=_cost,
