@@ -167,15 +167,17 @@ class Expected:
         scales = [_sizes(right) for right in exact]
         noise = torch.finfo(state_dtype(inputs.dtype)).eps * inputs.largest_logarithm
         allowed = []
-        for arg, dtype in zip(inputs.results, dtypes):
+        for arg, dtype, right in zip(inputs.results, dtypes, exact):
             # results of one role share error and scale: a gradient that cancels is no more exact than those beside it
             alike = [n for n, other in enumerate(inputs.results) if (other.role, dtypes[n]) == (arg.role, dtype)]
             ulp = 0.0 if dtype is None else torch.finfo(dtype).eps
             rows = 0 if {"B", "N"} & set(arg.letters) else inputs.problem.sizes["B"] * inputs.problem.sizes["T"]
             summed = rows**0.5 * torch.finfo(state_dtype(inputs.dtype)).eps
             limits = []
-            for kind in (0, 1):
-                loss, scale = max(losses[n][kind] for n in alike), max(scales[n][kind] for n in alike)
+            # a mean square of n numbers is itself known to one part in √n only
+            few = 1 + max(1, 0 if right is None else right.numel()) ** -0.5
+            for kind, unsure in ((0, 1.0), (1, few)):
+                loss, scale = unsure * max(losses[n][kind] for n in alike), max(scales[n][kind] for n in alike)
                 limit = MULTIPLE * (loss + noise * scale) + ULPS * ulp * scale + summed * max(s[kind] for s in scales)
                 # a logarithm that only a backward pass sees: its error is the relative error of what is made from it
                 limits.append(limit if arg.differentiable else max(limit, ULPS * torch.finfo(inputs.dtype).eps))

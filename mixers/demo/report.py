@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 from rich.console import Console
@@ -40,9 +41,11 @@ def heading(title: str) -> Text:
 
 def point_line(point: Point, characters: int) -> str:
     minutes, seconds = divmod(round(point.seconds), 60)
+    # not a number: nothing was trained on since the last line
+    train = "  –  " if isnan(point.train) else f"{point.train:.3f}"
     return (
         f"{minutes:3d}:{seconds:02d}   {point.characters / characters:5.2f} epochs   "
-        f"train {point.train:.3f}   held-out {point.held_out:.3f} bits/char"
+        f"train {train}   held-out {point.held_out:.3f} bits/char"
     )
 
 
@@ -99,7 +102,7 @@ def plot(path: Path, history: Sequence[Point], yardsticks: Yardsticks, title: st
     }
     for label, (value, color) in lines.items():
         axes.axhline(value, linestyle="--", linewidth=1, color=color, label=f"{label}: {value:.2f}")
-    lowest = min([yardsticks.xz_continued, *(min(point.held_out, point.train) for point in history)])
+    lowest = min(yardsticks.xz_continued, *(v for p in history for v in (p.held_out, p.train) if not isnan(v)))
     axes.set(xlabel="minutes", ylabel="bits per character", title=title, ylim=(lowest - 0.1, 4.0))
     axes.grid(alpha=0.3)
     axes.legend()
