@@ -30,7 +30,7 @@ def reason(device_type: str) -> str | None:
     return None
 
 
-def compiled(function: Callable[..., Any], *tensors: Tensor, **flags: bool) -> Any:
+def compiled(function: Callable[..., Any], *tensors: Tensor, **flags: bool | str) -> Any:
     """function(*tensors, **flags) as generated code, one graph for all sizes; as it is where no code can be generated.
 
     Every combination of dtypes, ranks and flags has a code object of its own, so that none counts against another's

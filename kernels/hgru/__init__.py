@@ -153,7 +153,10 @@ OP = Op(
     options={"activation": "silu", "reverse": False},
     residuals=("i", "f", "h", "lower_bound", "theta", "initial_state"),
     gradients={name: name for name in ("i", "f", "lower_bound", "theta", "initial_state")},
-    backends=(Backend("naive", "kernels.hgru.naive"),),
+    backends=(
+        Backend("naive", "kernels.hgru.naive"),
+        Backend("compiled", "kernels.hgru.compiled"),
+    ),
     sample=_sample,
     cost=_cost,
     differentiable_backward=_differentiable_backward,

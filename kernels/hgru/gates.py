@@ -49,10 +49,10 @@ def gates(
 
 
 def gates_backward(
-    da: Tensor,
-    dx: Tensor,
     i: Tensor,
     f: Tensor,
+    da: Tensor,
+    dx: Tensor,
     lower_bound: Tensor | None,
     theta: Tensor | None,
     activation: str,

@@ -58,5 +58,5 @@ def backward(
     )
     assert da is not None
     assert dx is not None
-    found = (*gates_backward(da, dx, i, f, lower_bound, theta, activation), dinitial)
+    found = (*gates_backward(i, f, da, dx, lower_bound, theta, activation), dinitial)
     return wanted(found, (i, f, lower_bound, theta, initial_state), needs)
