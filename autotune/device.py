@@ -59,6 +59,12 @@ def _measured_name(device: torch.device, threads: int) -> str:
     return slug(device.type)
 
 
+def architecture(name: str) -> str:
+    """What kernels are compiled for on the GPU of that fingerprint, "sm90" or "gfx942"; "" where the name has none."""
+    last = name.rpartition("-")[2]
+    return last if re.fullmatch(r"sm\d+|gfx\w+", last) else ""
+
+
 def slug(*parts: str) -> str:
     """Lower-case letters, digits, dots and single dashes; at most 120 characters."""
     text = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")

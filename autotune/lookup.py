@@ -13,7 +13,7 @@ from typing import Any
 
 from autotune import store as _store
 from autotune.changes import changed, generation
-from autotune.device import SAFE
+from autotune.device import SAFE, architecture
 from autotune.key import Key
 from autotune.record import Candidate, Config, Record, candidate
 from autotune.store import Store, cache_folder
@@ -25,7 +25,8 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Choice:
-    """What to run. origin: "exact" or "nearest length" (record.key.length says which); record: what decided."""
+    """What to run. origin: "exact" or "nearest length" (record.key.length says which), "predicted" for either where
+    nothing was measured; record: what decided."""
 
     backend: str
     config: Config
@@ -45,7 +46,7 @@ class _Index:
         self.lengths: dict[tuple[Any, ...], set[int]] = {}
         self.memo: dict[tuple[Key, str], tuple[int, list[tuple[str, Config]], Choice | None]] = {}
         self.refusals: dict[tuple[Key, str], tuple[int, list[Record]]] = {}
-        for record in Store(SHIPPED / f"{device}.jsonl").read():
+        for record in _shipped(device):
             self.add(record, "shipped")
         for record in user:
             self.add(record, "user")
@@ -60,11 +61,27 @@ class _Index:
     def newest(self, key: Key, source: str) -> dict[Candidate, Record]:
         return newest((record for record, _ in self.rows.get(key, ())), source)
 
+    def predicted(self, key: Key, source: str) -> Record | None:
+        """The last prediction."""
+        rows = self.rows.get(key, ())
+        return next((r for r, _ in reversed(rows) if r.status == "predicted" and r.source == source), None)
+
     def neighbours(self, key: Key) -> list[Key]:
         """The same problem at other lengths, nearest first; of two as near the longer first."""
         lengths = self.lengths.get(key.family, set()) - {key.length}
         order = sorted(lengths, key=lambda n: (abs(math.log2(n / key.length)), -n))
         return [replace(key, length=n) for n in order]
+
+
+def _shipped(device: str) -> list[Record]:
+    """The rows shipped for a device; where none of them is a prediction, those made for a GPU of its architecture."""
+    rows, kind = Store(SHIPPED / f"{device}.jsonl").read(), architecture(device)
+    if kind and not any(record.status == "predicted" for record in rows):
+        for path in sorted(SHIPPED.glob(f"*-{kind}.jsonl")):
+            kin = [record for record in Store(path).read() if record.status == "predicted"]
+            if kin:
+                return [replace(record, key=replace(record.key, device=device)) for record in kin] + rows
+    return rows
 
 
 class _Tables:
@@ -117,13 +134,15 @@ def _clearly_faster(challenger: Record, incumbent: Record) -> bool:
     return gap > MARGIN * former_median and gap > max(spread, former_spread)
 
 
-def choose(key: Key, candidates: Sequence[tuple[str, Config]], source: str) -> Choice | None:
-    """The candidate that the tables say is fastest: for this very key, else for the nearest length.
+def choose(key: Key, candidates: Sequence[tuple[str, Config]], source: str, compiled_source: str = "") -> Choice | None:
+    """The candidate that the tables say is fastest: for this very key, else for the nearest length. Where nothing was
+    measured at any length, the one that was predicted, again for this very key or else for the nearest length.
 
     candidates: (backend, config), simplest first. source: hash of the op's sources; rows of other sources are stale
-    and not used. A candidate found wrong or failing is not chosen; one found wrong at any length of this problem is
-    not trusted at a length where nobody checked it. None: nothing usable was measured, and the caller's stated rule
-    decides (see `refused`).
+    and not used. compiled_source: likewise for predictions, which only depend on what is compiled. A candidate found
+    wrong or failing is not chosen; one found wrong at any length of this problem is not trusted at a length where
+    nobody checked it. None: nothing usable was measured or predicted, and the caller's stated rule decides (see
+    `refused`).
 
     The tables are read at the first call for a device; after that a call is a dictionary access.
 
@@ -137,21 +156,28 @@ def choose(key: Key, candidates: Sequence[tuple[str, Config]], source: str) -> C
         return remembered[2]
     # A copy: the caller may change its dictionaries.
     offered: list[tuple[str, Config]] = [(backend, dict(config)) for backend, config in candidates]
-    choice = _choose(index, key, offered, source)
+    choice = _choose(index, key, offered, source, compiled_source)
     index.memo[key, source] = (now, offered, choice)
     return choice
 
 
-def _choose(index: _Index, key: Key, candidates: list[tuple[str, Config]], source: str) -> Choice | None:
+def _choose(
+    index: _Index, key: Key, candidates: list[tuple[str, Config]], source: str, compiled_source: str
+) -> Choice | None:
     record = fastest(index.newest(key, source), candidates)
     if record is not None:
         return Choice(record.backend, record.config, "exact", record)
     barred = {record.candidate for record in _refused(index, key, source)}
     trusted = [c for c in candidates if candidate(*c) not in barred]
-    for neighbour in index.neighbours(key):
+    neighbours = index.neighbours(key)
+    for neighbour in neighbours:
         record = fastest(index.newest(neighbour, source), trusted)
         if record is not None:
             return Choice(record.backend, record.config, "nearest length", record)
+    for known in (key, *neighbours):
+        record = index.predicted(known, compiled_source)
+        if record is not None and any(candidate(*c) == record.candidate for c in trusted):
+            return Choice(record.backend, record.config, "predicted", record)
     return None
 
 
@@ -176,8 +202,9 @@ def _refused(index: _Index, key: Key, source: str) -> list[Record]:
 
 
 def listing(key: Key, source: str) -> list[tuple[Record, str, bool]]:
-    """Every row for this very key, those that count most first: (record, "user" or "shipped", whether it is stale)."""
-    rows = _stack[-1].index(key.device).rows.get(key, [])
+    """Every measurement for this very key, those that count most first: (record, "user" or "shipped", whether it is
+    stale)."""
+    rows = [row for row in _stack[-1].index(key.device).rows.get(key, []) if row[0].status != "predicted"]
     return [(record, where, record.source != source) for record, where in reversed(rows)]
 
 
@@ -187,11 +214,12 @@ def rows(device: str) -> list[Record]:
 
 
 def closest(key: Key) -> Key | None:
-    """The recorded key of the same op and device that differs in the fewest fields; `key.difference` says which.
+    """The measured key of the same op and device that differs in the fewest fields; `key.difference` says which.
 
     Goes through the whole table: for explanations, not for choosing.
     """
-    others = [k for k in list(_stack[-1].index(key.device).rows) if (k.op, k.device) == (key.op, key.device)]
+    known = list(_stack[-1].index(key.device).rows)
+    others = [k for k in known if (k.op, k.device) == (key.op, key.device) and listing(k, "")]
     return min(others, key=lambda k: len(key.difference(k)), default=None)
 
 

@@ -16,7 +16,7 @@ from autotune.device import driver
 from autotune.key import Key
 
 SCHEMA = 1
-STATUSES = ("ok", "wrong", "error")
+STATUSES = ("ok", "wrong", "error", "predicted")
 # A compiler's error can be megabytes long; its beginning tells enough.
 MESSAGE_LENGTH = 2000
 
@@ -37,11 +37,13 @@ def candidate(backend: str, config: Config) -> Candidate:
 class Record:
     """One measurement of one candidate (backend and config).
 
-    status: "ok" (timed), "wrong" (its results differ from the reference, or it hangs or crashes) or "error" (it raised,
-    or gave no result in the time that a search had); a table may hold others from later versions, which are kept and
-    never chosen. median_s, spread_s: median and interquartile range over the rounds, in seconds, for "ok"; message: the
-    reason, for the others. source: hash of the op's sources. date: ISO 8601, UTC. limit_s: how many seconds a candidate
-    had that gave no result; a search that can give it twice as many tries it again.
+    status: "ok" (timed), "wrong" (its results differ from the reference, or it hangs or crashes), "error" (it raised,
+    or gave no result in the time that a search had) or "predicted" (never run on this device: `predicted` has the
+    figures by which a stated rule put it first, and `source` is of what was compiled); a table may hold others from
+    later versions, which are kept and never chosen. median_s, spread_s: median and interquartile range over the rounds,
+    in seconds, for "ok"; message: the reason, for the others. source: hash of the op's sources. date: ISO 8601, UTC.
+    limit_s: how many seconds a candidate had that gave no result; a search that can give it twice as many tries it
+    again.
 
     Raises:
         ValueError: "ok" without finite times.
@@ -63,6 +65,7 @@ class Record:
     date: str = ""
     schema: int = SCHEMA
     limit_s: float | None = None
+    predicted: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", dict(self.config))
@@ -112,6 +115,11 @@ class Record:
             ValueError, TypeError: the config or an option holds something that JSON cannot.
         """
         data = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.predicted is None:
+            del data["predicted"]
+        if self.status == "predicted":
+            # shipped by the hundred, and nothing was measured
+            data = {name: value for name, value in data.items() if value or name == "config"}
         return json.dumps({"schema": self.schema, **data, "key": self.key.to_json()}, allow_nan=False)
 
     @classmethod
@@ -151,6 +159,11 @@ class Record:
                 if isinstance(value, bool) or not isinstance(value, types):
                     raise ValueError(f"{name} is {value!r}")
                 details[name] = value
+        predicted = data.get("predicted")
+        if predicted is not None:
+            if not isinstance(predicted, dict) or not all(isinstance(value, _NUMBER) for value in predicted.values()):
+                raise ValueError(f"predicted is {predicted!r}")
+            details["predicted"] = predicted
         return cls(key, backend, config, status, **details)
 
 

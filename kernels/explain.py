@@ -67,7 +67,8 @@ def explain(op: Op, problem: Problem, plan: Plan | None = None) -> Explanation:
     """
     plan = plan or op.choose(problem)
     key, candidates = op.key(problem), op.candidates(problem)
-    choice = autotune.choose(key, [(backend.name, config) for backend, config in candidates], op.source)
+    offered = [(backend.name, config) for backend, config in candidates]
+    choice = autotune.choose(key, offered, op.source, op.compiled_source)
     measured = choice.record.key if choice else key
     known = _newest(autotune.listing(measured, op.source))
     refused = {record.candidate: record for record in autotune.refused(key, op.source)}
@@ -81,6 +82,8 @@ def explain(op: Op, problem: Problem, plan: Plan | None = None) -> Explanation:
         for config in backend.configs(problem):
             name = name_of(backend.name, config)
             record = refused.get(name) or known.get(name, (None, False))[0]
+            if record is None and choice is not None and choice.record.status == "predicted" and name == chosen:
+                record = choice.record
             stale = name not in refused and known.get(name, (None, False))[1]
             verdicts.append(_verdict(name, config, record, stale, chosen, known.get(chosen, (None, False))[0]))
     return Explanation(problem, plan, _origin(op, problem, plan, choice), measured, tuple(verdicts))
@@ -102,6 +105,8 @@ def _verdict(
         # a plan by name runs what was named, whatever is on record
         status = "chosen" if name == chosen else record.status
         return Verdict(backend, config, status, record.message, record)
+    if record.status == "predicted":
+        return Verdict(backend, config, "chosen", "predicted, not measured", record)
     if name == chosen:
         return Verdict(backend, config, "chosen", record.message, record, 1.0)
     if best is None or best.status != "ok" or record.status != "ok":
@@ -131,9 +136,14 @@ def _origin(op: Op, problem: Problem, plan: Plan, choice: autotune.Choice | None
     if choice is None:
         return plan.origin
     record = choice.record
+    length = (
+        "this length" if record.key == op.key(problem) else f"T ≤ {record.key.length}, the nearest length on record"
+    )
+    if record.status == "predicted":
+        facts = f"{record.message} (compiled on {record.date[:10]} with triton {record.triton})"
+        return f"predicted, not measured, for {length}: {facts}"
     rows = autotune.listing(record.key, op.source)
     table = next((f"the {where} table" for row, where, _ in rows if row is record), "a table")
-    length = "this length" if plan.origin == "exact" else f"T ≤ {record.key.length}, the nearest length on record"
     return f"measured at {length} on {record.date[:10]} with torch {record.torch} ({table})"
 
 

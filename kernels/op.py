@@ -155,6 +155,16 @@ class Op:
             digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def compiled_source(self) -> str:
+        """A hash of the source files that are compiled for GPUs, which predictions for GPUs depend on."""
+        folder = Path(importlib.util.find_spec(self.backends[0].module).origin).parent  # type: ignore[union-attr, arg-type]
+        digest = hashlib.sha256()
+        for path in [*sorted(folder.glob("triton*.py")), *sorted(folder.parent.glob("triton_*.py"))]:
+            if path.name != "triton_aot.py":
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:16]
+
     def backend(self, name: str) -> Backend:
         for backend in self.backends:
             if backend.name == name:
@@ -217,7 +227,8 @@ class Op:
         """What the tables say; nothing where timings must not decide."""
         if torch.are_deterministic_algorithms_enabled() or autotune.lock() is not None:
             return None
-        return autotune.choose(key, [(backend.name, config) for backend, config in candidates], self.source)
+        offered = [(backend.name, config) for backend, config in candidates]
+        return autotune.choose(key, offered, self.source, self.compiled_source)
 
     def _named(self, problem: Problem, backend: Backend) -> Plan:
         """The backend with its best config. Others are not even asked: that may compile them."""

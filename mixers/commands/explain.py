@@ -38,7 +38,7 @@ def explain(
     for problem, plan in met.items():
         console.print()
         console.print(rendered(explained(OPS[problem.op], problem, plan)))
-    if any(plan.origin == "rule" for plan in met.values()):
+    if any(plan.origin in ("rule", "predicted") for plan in met.values()):
         console.print()
         console.print(Text(f"measure: {common.command('tune', name, dim, length, batch, dtype, option)}", "dim"))
 

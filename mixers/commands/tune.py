@@ -76,7 +76,7 @@ def report(console: Console, found: list[Explanation]) -> None:
         time = rate = ""
         beats = each.origin
         op = OPS[each.problem.op]
-        if best is not None and best.record is not None and best.record.key == op.key(each.problem):
+        if best and best.record and best.record.status == "ok" and best.record.key == op.key(each.problem):
             median = best.record.times[0]
             time, rate = common.seconds(median), f"{op.cost(each.problem).bytes / median / 1e9:.3g}"
             beats = _beaten(each) or "nothing else was right"
