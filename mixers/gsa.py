@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from kernels.gla import gla
 from kernels.problem import state_dtype
-from mixers.heads import heads_for, split
+from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
-from mixers.parts import norm
 from mixers.registry import register
 
 
@@ -65,7 +64,8 @@ class GSA(SequenceMixer):
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.f_proj = nn.Linear(dim, self.heads * self.slots, bias=False)
-        self.norm = norm("rms", dim)
+        # SiLU(o) = o σ(o): each number is its own gate
+        self.norm = GatedNorm(dim, activation="sigmoid", gate_first=True)
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def init_state(
@@ -84,7 +84,8 @@ class GSA(SequenceMixer):
         seen, K = self._keys(q, k, written, log_decay, state["K"], cu_seqlens)
         shares = seen.to(log_decay.dtype).softmax(-1).to(v.dtype)
         y, V = gla(shares, written, v, log_decay, state["V"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.o_proj(self.norm(F.silu(y.flatten(-2)))), {"K": K, "V": V}
+        o = y.flatten(-2)
+        return self.o_proj(self.norm(o, o)), {"K": K, "V": V}
 
     def _keys(
         self, q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, K: Tensor, cu_seqlens: Tensor | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.gated_norm import gated_norm
 from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.parts import ACTIVATIONS, choice
@@ -63,21 +64,14 @@ class GatedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x [B, T, H, V], gate [B, T, H · V] or None for 1: [B, T, H · V] in x's dtype."""
-        wide, y = state_dtype(x.dtype), x.to(state_dtype(x.dtype))
-        opened = None if gate is None else ACTIVATIONS[self.activation](gate.to(wide)).view_as(y)
-        if opened is not None and self.gate_first:
-            y = y * opened
-        if self.center:
-            y = y - y.mean(-1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            y = y * self.weight.to(wide)
-        if self.bias is not None:
-            y = y + self.bias.to(wide)
-        if opened is not None and not self.gate_first:
-            y = y * opened
-        return y.flatten(-2).to(x.dtype)
+        """x [B, T, H, V] or, a single head, [B, T, V]; gate [B, T, H · V] or None for 1: [B, T, H · V] in x's dtype."""
+        wide = state_dtype(x.dtype)
+        weight, bias = (p if p is None or p.dtype == x.dtype else p.to(wide) for p in (self.weight, self.bias))
+        y = gated_norm(
+            x, None if gate is None else gate.to(x.dtype), weight, bias, norm="layer" if self.center else "rms",
+            activation=self.activation, gate_first=self.gate_first, eps=self.eps,
+        )  # fmt: skip
+        return y if y.ndim == 3 else y.flatten(-2)
 
 
 def previous(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from kernels.gla import gla
 from kernels.problem import state_dtype
-from mixers.heads import heads_for, split
+from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
-from mixers.parts import LowerBounded, norm
+from mixers.parts import LowerBounded
 from mixers.registry import register
 
 
@@ -57,7 +57,7 @@ class HGRN2(LowerBounded, SequenceMixer):
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.f_proj = nn.Linear(dim, dim, bias=False)
         self.i_proj = nn.Linear(dim, dim, bias=False)
-        self.norm = norm("rms", dim)
+        self.norm = GatedNorm(dim)
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self._set_lower_bound("hgrn2", lower_bound, self.dim)
 
