@@ -139,7 +139,10 @@ OP = Op(
     options={"center": False, "activation": "silu", "gate_first": False, "eps": 1e-5},
     residuals=NAMES,
     gradients={name: name for name in NAMES},
-    backends=(Backend("naive", "kernels.gated_norm.naive"),),
+    backends=(
+        Backend("naive", "kernels.gated_norm.naive"),
+        Backend("native", "kernels.gated_norm.native", devices=("cpu",)),
+    ),
     sample=_sample,
     cost=_cost,
     differentiable_backward=_differentiable_backward,
