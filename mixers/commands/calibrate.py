@@ -19,6 +19,7 @@ from kernels.problem import Problem
 from kernels.tuning import tune_problems
 from mixers import registry
 from mixers.commands import common
+from mixers.commands import target as targets
 from mixers.commands.common import Device, Dim, mistakes
 from mixers.commands.doctor import doctor
 from mixers.commands.tables import tables
@@ -38,13 +39,25 @@ def calibrate(
         list[str] | None, typer.Option(help="Only this mixer; repeat it. By default all.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the pages.")] = Path("docs/speed"),
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A dry run for a GPU that is not here: sm_80, sm_90, sm_100, gfx942; repeat it.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Checks every backend on this machine, tunes every mixer, runs the benchmarks and writes the speed pages.
 
     It is the first thing to run on a new device, from a checkout of the repository. Interrupted and started again, it
     continues: what is measured is not measured again. A wrong backend is reported, never used, and ends it with exit
     code 1 after everything else is done.
+
+    With --target nothing is run: every kernel is compiled for that GPU, the tables of what is predicted for it are
+    written into the package, and the pages of both into the folder.
     """
+    if target:
+        _dry_run(target, out)
+        return
     console, where = common.console(), common.device_of(device)
     names = mixer or registry.names()
     for name in names:
@@ -67,6 +80,23 @@ def calibrate(
     console.print(Text(f"measurements: {autotune.user_store(autotune.fingerprint(where)).path}", "dim"))
     if wrong:
         raise typer.Exit(1)
+
+
+def _dry_run(names: list[str], out: Path) -> None:
+    console = common.console()
+    cards = [targets.target_card(name) for name in names]
+    console.rule("1 of 3: what do the mixers meet?", align="left")
+    met = targets.problems(console)
+    console.rule("2 of 3: compiling", align="left")
+    for card in cards:
+        targets.write_table(console, card, targets.records(console, card, met, targets.cores()))
+        targets.write_static(console, card, met, out)
+    console.rule("3 of 3: pages", align="left")
+    from mixers import tables as pages
+
+    for name, content in pages.generated(out).items():
+        (out / name).write_bytes(content)
+        console.print(Text(str(out / name), "dim"))
 
 
 def problems(console: Console, names: list[str], dim: int, lengths: list[int], device: torch.device) -> list[Problem]:

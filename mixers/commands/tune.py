@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,17 +11,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import autotune
+from autotune.lookup import SHIPPED
 from kernels.catalogue import OPS
 from kernels.explain import Explanation
 from kernels.explain import explain as explained
 from kernels.problem import Problem
 from kernels.tuning import tune_problems
 from mixers.commands import common
-from mixers.commands.common import Backward, Batch, Device, Dim, Dtype, DtypeOption, Name, Options, mistakes
+from mixers.commands import target as targets
+from mixers.commands.common import Backward, Batch, Device, Dim, Dtype, DtypeOption, Options, mistakes
 
 
 def tune(
-    name: Name,
+    name: Annotated[
+        str | None, typer.Argument(help="A mixer's name, as `mixers list` prints it.", show_default=False)
+    ] = None,
     dim: Dim = 512,
     length: Annotated[list[int], typer.Option(min=1, help="Tokens in a sequence, T; repeat it for several.")] = [4096],  # noqa: B006
     batch: Batch = 1,
@@ -34,11 +38,30 @@ def tune(
         Path | None, typer.Option(help="Write what was chosen to this file, for `autotune.use`.", show_default=False)
     ] = None,
     option: Options = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Compile for a GPU that is not here (sm_80, sm_90, sm_100, gfx942), and predict.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the tables, with --target; by default the package's.", show_default=False),
+    ] = None,
 ) -> None:
     """Tunes the kernels of a mixer on this machine: checks every candidate, times the right ones, keeps the records.
 
     From then on backend="auto" goes by them. Interrupted and started again, it continues.
+
+    With --target, every kernel is compiled for a GPU that is not here. What spills registers or does not fit is left
+    out, the rest is put in order by a rule (docs/autotune.md), and the first is used on such a GPU until something is
+    measured there: for the mixer that is named, in the user's table; for all of them, in the shipped one.
     """
+    if target is not None:
+        _predict(target, name, dim, length, batch, dtype, common.options_of(option), out or SHIPPED)
+        return
+    if name is None:
+        common.fail("which mixer? `mixers list` prints their names; only with --target none is needed", 2)
     console, where = common.console(), common.device_of(device)
     mixer = common.build(name, dim, common.options_of(option), dtype=dtype.torch, device=where)
     console.print(common.subject(mixer, name, batch, length))
@@ -66,6 +89,35 @@ def tune(
     console.print(
         Text(f"all candidates: {common.command('explain', name, dim, length[0], batch, dtype, option)}", "dim")
     )
+
+
+def _predict(
+    target: str,
+    name: str | None,
+    dim: int,
+    lengths: list[int],
+    batch: int,
+    dtype: Dtype,
+    options: dict[str, Any],
+    out: Path,
+) -> None:
+    console, where = common.console(), targets.target_card(target)
+    if name is None:
+        met = targets.problems(console)
+        targets.write_table(console, where, targets.records(console, where, met, targets.cores()), out)
+        return
+    with mistakes():
+        met = targets.problems(console, [name], [dim], [batch], lengths, [dtype.torch], options)
+    if not met:
+        console.print(f"{name} has no op that compiles for GPUs")
+    store = autotune.user_store(where.fingerprint)
+    for record in targets.records(console, where, met, 1):
+        store.append(record)
+        key = record.key
+        what = f"{key.op} {key.direction} T={key.length} {key.dtype}"
+        console.print(Text(f"{what}: {record.backend} {common.config(record.config)}", "bold"))
+        console.print(Text(f"  predicted, not measured: {record.message}", "dim"))
+    console.print(Text(str(store.path), "dim"))
 
 
 def report(console: Console, found: list[Explanation]) -> None:
