@@ -21,13 +21,16 @@ from kernels.problem import Problem
 # The distribution that has fla.ops; flash-linear-attention has the layers.
 DISTRIBUTION = "fla-core"
 
+# Tensors by name, as theirs are called; outputs as the op has them.
+Run = Callable[..., tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Kernel:
     """One of their functions, and what it takes.
 
     path: "fla.ops.gla:chunk_gla". decays: which of "none", "head" and "key" it takes. decay: its argument for them.
-    gradients: it has a backward pass. narrow: it takes 16-bit sequences only. keys: the most.
+    gradients: it has a backward pass. narrow: it takes 16-bit sequences only. packed: and packed ones. keys: the most.
     """
 
     path: str
@@ -35,6 +38,7 @@ class Kernel:
     decay: str = "g"
     gradients: bool = True
     narrow: bool = False
+    packed: bool = True
     keys: int | None = None
 
     @property
@@ -51,6 +55,8 @@ class Kernel:
             reasons.append("has no backward pass")
         if self.narrow and torch.float32 in problem.dtypes.values():
             reasons.append("takes no float32")
+        if problem.options["packed"] and not self.packed:
+            reasons.append("takes no packed sequences")
         if self.keys is not None and problem.sizes["K"] > self.keys:
             reasons.append(f"axis K is {problem.sizes['K']}; at most {self.keys}")
         return [f"{self.name}: {', '.join(reasons)}"] if reasons else []
@@ -104,9 +110,7 @@ def bounds(cu_seqlens: Tensor | None) -> Tensor | None:
     return None if cu_seqlens is None else cu_seqlens.to(torch.int64, copy=True)
 
 
-def matrix_state(
-    config: Mapping[str, str], kernels: Sequence[Kernel], cu_seqlens: Tensor | None, scale: float
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def matrix_state(config: Mapping[str, str], kernels: Sequence[Kernel], cu_seqlens: Tensor | None, scale: float) -> Run:
     """The chosen kernel as a function of an op's own q, k, v, beta, log_decay and initial_state, by name."""
     kernel, cu_seqlens = chosen(config, kernels), bounds(cu_seqlens)
     theirs = function(kernel.path)
@@ -124,7 +128,7 @@ def matrix_state(
 
 def gradients(
     name: str,
-    run: Callable[..., tuple[Tensor, ...]],
+    run: Run,
     inputs: dict[str, Tensor | None],
     needs: Sequence[bool],
     given: Sequence[Tensor | None],

@@ -80,6 +80,7 @@ def backward(
     x, g = _inputs(i, f, lower_bound, activation)
     h = h.to(x.dtype)
     kernel = foreign.chosen(config, KERNELS)
+    dx: Tensor | None
     if kernel is RECURRENT:
         dx, dinitial = _backward(g, h, dh, dfinal_state, initial_state, cu_seqlens)
     else:
