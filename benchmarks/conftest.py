@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import machine
 import pytest
 import torch
 
@@ -98,7 +99,7 @@ class Timer:
             pytest.skip(f"one call takes {once:.1f} s, more than {CALL_SECONDS} s; --full times it")
         iterations = max(round(SAMPLE_SECONDS / once), 1)
         rounds = min(max(round(ROW_SECONDS / (once * iterations)), MIN_ROUNDS), MAX_ROUNDS)
-        self.benchmark.extra_info.update({**facts, **about(self.device)})
+        self.benchmark.extra_info.update({**facts, **about(self.device), **limits(self.device, facts["dtype"])})
         self.benchmark.pedantic(synchronized, rounds=rounds, iterations=iterations)
 
 
@@ -118,6 +119,14 @@ def about(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "version": _version("sequence-mixers"),
         },
+    }
+
+
+def limits(device: torch.device, dtype: str) -> dict[str, float]:
+    """What the device can do at most, measured once a session."""
+    return {
+        "limit_bytes_s": machine.bytes_per_second(device),
+        "limit_flops_s": machine.flops_per_second(device, getattr(torch, dtype)),
     }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import mixers
 
@@ -33,8 +35,30 @@ def test_mixer(name: str, direction: str, length: int, dtype_name: str, device: 
         "length": length,
         "sizes": {"dim": DIM, "B": BATCH},
         "tokens": BATCH if direction == "decode" else BATCH * length,
+        "bytes": least_bytes(mixer, x, direction),
+        "flops": flops(run),
     }
     timer(run, facts)
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Of the projections and of the ops' own formulas; element-wise operations are not counted."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def least_bytes(mixer: mixers.SequenceMixer, x: torch.Tensor, direction: str) -> int:
+    """Weights, x and y moved once forward; backward weights are read and their gradients written, as for x and y.
+
+    A step of decoding reads the state.
+    """
+    weights = sum(parameter.nbytes for parameter in mixer.parameters())
+    if direction == "decode":
+        with torch.no_grad():
+            held = tree_leaves(mixer(x)[1])
+        return weights + sum(t.nbytes for t in held) + 2 * x[:, :1].numel() * x.itemsize
+    return weights + 2 * x.nbytes if direction == "forward" else 3 * weights + 6 * x.nbytes
 
 
 def forward(mixer: mixers.SequenceMixer, x: torch.Tensor) -> Callable[[], object]:

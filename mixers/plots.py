@@ -46,6 +46,38 @@ def layers(rows: pd.DataFrame, title: str) -> dict[str, bytes]:
         return {suffix: _saved(figure, suffix) for suffix in ("svg", "png")}
 
 
+def roofline(rows: pd.DataFrame, title: str) -> dict[str, bytes]:
+    """Operations a second against operations a byte, under what the device's bandwidth and its arithmetic allow.
+
+    rows: ops of one dtype with columns name, direction, length, bytes, flops, median_s, limit_bytes_s, limit_flops_s;
+    the longest length of each op and direction is shown.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    rows = rows.sort_values("length").groupby(["name", "variant", "direction"], sort=True, dropna=False).tail(1)
+    bandwidth, arithmetic = (float(rows[name].median()) for name in ("limit_bytes_s", "limit_flops_s"))
+    with mpl.rc_context(SALT):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (direction, part) in enumerate(rows.groupby("direction")):
+            intensity, speed = part["flops"] / part["bytes"], part["flops"] / part["median_s"] / 1e9
+            axes.plot(intensity, speed, MARKERS[number], markersize=5, label=direction)
+            for name, x, y in zip(part["name"], intensity, speed):
+                axes.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=6)
+        ridge = arithmetic / bandwidth
+        ends = [min(float((rows["flops"] / rows["bytes"]).min()), ridge) / 2, ridge, ridge * 16]
+        axes.plot(ends, [min(x * bandwidth, arithmetic) / 1e9 for x in ends], color="black", label="measured limit")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("operations a byte, at the least bytes")
+        axes.set_ylabel("GFLOP/s")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        return {suffix: _saved(figure, suffix) for suffix in ("svg", "png")}
+
+
 def crossovers(known: dict[str, pd.DataFrame]) -> dict[str, float]:
     """For each other layer the length from which on it is faster than attention, interpolated between measured ones;
     only where it was slower before."""

@@ -21,8 +21,10 @@ from mixers.units import seconds
 
 # What one measurement is of; of several files the last one's row counts.
 IDENTITY = ["device", "kind", "name", "variant", "sizes", "direction", "dtype", "length", "backend"]
-COLUMNS = [*IDENTITY, "config", "chosen", "median_s", "iqr_s", "rounds", "bytes", "tokens", "torch", "triton", "python"]
-COLUMNS += ["version", "threads", "date", "command", "test"]
+COLUMNS = [*IDENTITY, "config", "chosen", "median_s", "iqr_s", "rounds", "bytes", "flops", "tokens"]
+COLUMNS += ["limit_bytes_s", "limit_flops_s", "torch", "triton", "python", "version", "threads", "date"]
+COLUMNS += ["command", "test"]
+RATES = {"bytes": "GB/s", "flops": "GFLOP/s"}
 DIRECTIONS = ["forward", "forward+backward", "decode"]
 
 
@@ -63,7 +65,8 @@ def generated(out: Path) -> dict[str, bytes]:
     """Everything that is made from the CSV files in a folder, by file name."""
     found, csvs = {}, sorted(out.glob("*.csv"))
     for csv in csvs:
-        rows = pd.read_csv(csv, keep_default_na=False, na_values=[""])
+        # rows that were measured before a column was thought of have none of it
+        rows = pd.read_csv(csv, keep_default_na=False, na_values=[""]).reindex(columns=COLUMNS)
         pictures = _pictures(csv.stem, rows)
         found.update(pictures)
         found[f"{csv.stem}.md"] = markdown(csv.stem, rows, sorted(pictures)).encode()
@@ -128,8 +131,12 @@ def _csv(rows: pd.DataFrame) -> str:
 
 
 def _pictures(device: str, rows: pd.DataFrame) -> dict[str, bytes]:
-    """Layers over lengths, one picture a direction and dtype that has more than one length."""
+    """Layers over lengths, one picture a direction and dtype that has more than one length; ops under the roofline."""
     found = {}
+    ops = _chosen(rows).dropna(subset=["limit_flops_s", "flops"])
+    for (dtype,), part in _grouped(ops, ["dtype"]):
+        made = plots.roofline(part, f"ops by the backends that auto chose, {dtype}")
+        found.update({f"{device}-roofline-{dtype}.{suffix}": content for suffix, content in made.items()})
     layers = rows[rows["kind"] == "mixer"]
     for (direction, dtype), part in _grouped(layers, ["direction", "dtype"]):
         if part["length"].nunique() > 1:
@@ -137,6 +144,11 @@ def _pictures(device: str, rows: pd.DataFrame) -> dict[str, bytes]:
             made = plots.layers(part, f"{direction}, {dtype}, {part['sizes'].iloc[0]}")
             found.update({f"{stem}.{suffix}": content for suffix, content in made.items()})
     return found
+
+
+def _chosen(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of the ops on the backends that `auto` chose."""
+    return rows[(rows["kind"] == "op") & (rows["chosen"].astype(str) == "True")]
 
 
 def read(file: Path) -> pd.DataFrame:
@@ -178,12 +190,12 @@ def markdown(device: str, rows: pd.DataFrame, pictures: Sequence[str] = ()) -> s
     if len(ops):
         parts.append(
             "## Ops\n\nThe backend that `auto` chose is in bold. "
-            "GB/s counts every input read once and every output written once."
+            "GB/s counts every input read once and every output written once, GFLOP/s the operations of the equation."
         )
     for (name, variant, direction, dtype), part in _grouped(ops, ["name", "variant", "direction", "dtype"]):
         parts.append(f"### {name}{f' ({variant})' if variant else ''}, {direction}, {dtype}")
         for sizes, same in _grouped(part, ["sizes"]):
-            parts.append(f"{sizes[0]}\n\n{_table(same, 'backend', _gigabytes)}")
+            parts.append(f"{sizes[0]}\n\n{_table(same, 'backend', _rate)}")
     if len(layers):
         parts.append(
             "## Layers\n\nWhole layers with their projections, on the backends that `auto` chose; the fastest is bold. "
@@ -192,7 +204,8 @@ def markdown(device: str, rows: pd.DataFrame, pictures: Sequence[str] = ()) -> s
     for (direction, dtype), part in _grouped(layers, ["direction", "dtype"]):
         for sizes, same in _grouped(part, ["sizes"]):
             parts.append(f"### {direction}, {dtype}, {sizes[0]}\n\n{_table(same, 'name', _tokens)}")
-    parts += [f"![time against length]({name})" for name in pictures if name.endswith(".svg")]
+    drawn = [name for name in pictures if name.endswith(".svg")]
+    parts += [f"![{'roofline' if 'roofline' in name else 'time against length'}]({name})" for name in drawn]
     return "\n\n".join(parts) + "\n"
 
 
@@ -208,9 +221,22 @@ def _preface(rows: pd.DataFrame) -> str:
             f"- device: {all_of('device')}, {all_of('threads')} threads",
             f"- versions: {versions}, Python {all_of('python')}",
             f"- date: {all_of('date')}",
-            f"- made by: `{all_of('command')}`, then `mixers tables`",
+            f"- limits measured beside them: {_limits(rows)}; % is the share of the nearer one that the least possible "
+            "bytes and operations take, above 100 % where tensors stay in a cache",
+            f"- made by: `{all_of('command')}`, then `mixers tables`; one row again: `python -m pytest` with what the "
+            "CSV file has in its column `test`",
         ]
     )
+
+
+def _limits(rows: pd.DataFrame) -> str:
+    """Medians, for a sweep in several parts measures them several times."""
+    if not rows["limit_bytes_s"].notna().any():
+        return "none"
+    bandwidth = f"{rows['limit_bytes_s'].median() / 1e9:.3g} GB/s (an addition)"
+    reached = rows.groupby("dtype")["limit_flops_s"].median()
+    products = [f"{limit / 1e9:.3g} GFLOP/s ({dtype})" for dtype, limit in reached.items()]
+    return f"{bandwidth}, matrix products {', '.join(products)}"
 
 
 def _table(rows: pd.DataFrame, column: str, rate: Callable[[pd.Series], str]) -> str:
@@ -240,13 +266,25 @@ def _cell(row: pd.Series, rate: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
 
 
-def _gigabytes(row: pd.Series) -> str:
-    return f"{float(row['bytes']) / row['median_s'] / 1e9:.3g} GB/s" if pd.notna(row["bytes"]) else ""
+def _rate(row: pd.Series) -> str:
+    """GB/s or GFLOP/s, whichever is nearer to what the device can do, and the share of that."""
+    spent, what, unit = max((least_seconds(row, what), what, unit) for what, unit in RATES.items())
+    if not spent:
+        return ""
+    return f"{float(row[what]) / row['median_s'] / 1e9:.3g} {unit}, {spent / row['median_s']:.0%}"
 
 
 def _tokens(row: pd.Series) -> str:
     rate = float(row["tokens"]) / row["median_s"]
-    return f"{rate / 1e3:.3g} k tokens/s" if rate >= 1e3 else f"{rate:.0f} tokens/s"
+    tokens = f"{rate / 1e3:.3g} k tokens/s" if rate >= 1e3 else f"{rate:.0f} tokens/s"
+    share = max(least_seconds(row, what) for what in RATES) / row["median_s"]
+    return f"{tokens}, {share:.0%}" if share > 0 else tokens
+
+
+def least_seconds(row: pd.Series, what: str) -> float:
+    """How long the device takes at its measured limit for the row's "bytes" or "flops"; 0 where one is not known."""
+    amount, limit = row[what], row[f"limit_{what}_s"]
+    return float(amount) / float(limit) if pd.notna(amount) and pd.notna(limit) and limit != "" else 0.0
 
 
 def _grouped(rows: pd.DataFrame, columns: Sequence[str]) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
@@ -277,7 +315,7 @@ def _index(files: Sequence[Path]) -> str:
 
 
 def _answers(device: str, rows: pd.DataFrame) -> list[str]:
-    """Which layer is the fastest at which length, and how many times as fast as attention."""
+    """Which layer is the fastest at which length, and how many times as fast as attention; and which backend runs."""
     parts = []
     for (dtype,), part in _grouped(rows[rows["kind"] == "mixer"], ["dtype"]):
         table: dict[str, dict[int, str]] = {}
@@ -291,4 +329,9 @@ def _answers(device: str, rows: pd.DataFrame) -> list[str]:
         made = pd.DataFrame(table).sort_index().fillna("—").rename_axis(index="T")
         parts.append(f"## The fastest layer on {device}, {dtype}, {part['sizes'].iloc[0]}")
         parts.append(made.to_markdown(disable_numparse=True))
+    for (dtype,), part in _grouped(_chosen(rows), ["dtype"]):
+        part = part.assign(op=part["name"] + part["variant"].map(lambda variant: f" ({variant})" if variant else ""))
+        wide = part.pivot_table(index=["op", "direction"], columns="length", values="backend", aggfunc="first")
+        parts.append(f"## The backend that auto chooses on {device}, {dtype}, by length T")
+        parts.append(wide.fillna("—").reset_index().rename_axis(columns=None).to_markdown(index=False))
     return parts

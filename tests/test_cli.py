@@ -250,12 +250,15 @@ def benchmark_json(path: Path, seconds: float = 1e-3) -> Path:
         "device": "toy-device",
         "threads": 2,
         "versions": versions,
+        "limit_bytes_s": 2e10,
+        "limit_flops_s": 1e11,
     }
-    op = {**common, "kind": "op", "name": "scan", "variant": "real", "sizes": {"B": 2, "D": 512}, "bytes": 10**7}
+    sizes = {"B": 2, "D": 512}
+    op = {**common, "kind": "op", "name": "scan", "variant": "real", "sizes": sizes, "bytes": 10**7, "flops": 10**6}
     rows = [
         {**op, "backend": "native", "chosen": True},
         {**op, "backend": "naive", "chosen": False},
-        {**common, "kind": "mixer", "name": "hgrn", "sizes": {"dim": 512, "B": 1}, "tokens": 512},
+        {**common, "kind": "mixer", "name": "hgrn", "sizes": {"dim": 512, "B": 1}, "tokens": 512, "flops": 6 * 10**7},
         {**common, "kind": "mixer", "name": "attention", "sizes": {"dim": 512, "B": 1}, "tokens": 512},
     ]
     benchmarks = [
@@ -276,10 +279,14 @@ def test_tables_make_a_page_a_device_and_an_index(tmp_path: Path) -> None:
     printed = run("tables", "--json", str(benchmark_json(tmp_path / "a.json")), "--out", str(out))
     assert all(name in printed for name in ("toy-device.csv", "toy-device.md", "README.md"))
     page = (out / "toy-device.md").read_text(encoding="utf-8")
-    # simplest first, the chosen one in bold, 10 MB in 1 ms
+    # simplest first, the chosen one in bold, 10 MB in 1 ms, half of what an addition does
     assert re.search(r"\| +T \| +naive \| +native \|", page)
-    assert re.search(r"\| 512 \| +2\.00 ms ± 50 µs \(5 GB/s\) \| +\*\*1\.00 ms ± 50 µs \(10 GB/s\)\*\* \|", page)
-    assert "**3.00 ms ± 50 µs (171 k tokens/s)**" in page
+    slow, fast = r"2\.00 ms ± 50 µs \(5 GB/s, 25%\)", r"\*\*1\.00 ms ± 50 µs \(10 GB/s, 50%\)\*\*"
+    assert re.search(rf"\| 512 \| +{slow} \| +{fast} \|", page)
+    # 60 MFLOP in 3 ms of 100 GFLOP/s
+    assert "**3.00 ms ± 50 µs (171 k tokens/s, 20%)**" in page
+    assert "20 GB/s (an addition), matrix products 100 GFLOP/s (float32)" in page
+    assert "![roofline](toy-device-roofline-float32.svg)" in page
     for fact in ("device: toy-device, 2 threads", "torch 2.13.0", "date: 2026-01-02", "`python -m pytest benchmarks`"):
         assert fact in page
     assert "[toy-device](toy-device.md)" in (out / "README.md").read_text(encoding="utf-8")
@@ -287,7 +294,7 @@ def test_tables_make_a_page_a_device_and_an_index(tmp_path: Path) -> None:
     rows = pd.read_csv(out / "toy-device.csv", keep_default_na=False, na_values=[""])
     assert len(rows) == 4
     assert not rows[["device", "torch", "date", "command", "test", "median_s", "iqr_s"]].isna().to_numpy().any()
-    assert tables.markdown("toy-device", rows) == page
+    assert tables.markdown("toy-device", rows, ["toy-device-roofline-float32.svg"]) == page
 
 
 def long_run(path: Path, factor: float = 1.0) -> Path:
