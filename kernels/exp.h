@@ -51,8 +51,14 @@ INLINE Vec<S, W> between(S least, Vec<S, W> x, S most) {
     return x > most ? zero + most : x;
 }
 
+// x = n ln 2 + r with an integer n, and exp(r) = 1 + r + r^2 series; `shifted` has n in its last bits.
 template <int W, class S>
-INLINE Vec<S, W> exponential(Vec<S, W> x) {
+struct Reduced {
+    Vec<S, W> n, shifted, r, series;
+};
+
+template <int W, class S>
+INLINE Reduced<W, S> reduced(Vec<S, W> x) {
     constexpr bool wide = sizeof(S) == 8;
     // Adding this rounds to an integer and leaves it in the last bits.
     constexpr S magic = wide ? 6755399441055744.0 : 12582912.0;
@@ -60,15 +66,27 @@ INLINE Vec<S, W> exponential(Vec<S, W> x) {
     // ln 2 in two parts; n times the first is exact.
     constexpr S ln2_high = wide ? 0.69314718036912381649 : 0.693359375;
     constexpr S ln2_low = wide ? 1.90821492927058770002e-10 : -2.12194440e-4;
-    // beyond these it is 0 and infinity
-    constexpr S least = wide ? -746 : -104, most = wide ? 710 : 89;
     using Series = ExpSeries<S>;
     constexpr Vec<S, W> zero = {};
 
-    x = between<W, S>(least, x, most);
     Vec<S, W> shifted = x * log2_e + magic, n = shifted - magic;
     Vec<S, W> r = x - n * ln2_high - n * ln2_low;
     Vec<S, W> series = zero + Series::c[Series::terms - 1];
     for (int i = Series::terms - 2; i >= 0; --i) series = series * r + Series::c[i];
+    return {n, shifted, r, series};
+}
+
+// Within the bounds below.
+template <int W, class S>
+INLINE Vec<S, W> exponential_within(Vec<S, W> x) {
+    auto [n, shifted, r, series] = reduced<W, S>(x);
     return times_power_of_two<W, S>(series * (r * r) + (r + 1), n, shifted);
+}
+
+template <int W, class S>
+INLINE Vec<S, W> exponential(Vec<S, W> x) {
+    // beyond these it is 0 and infinity
+    constexpr bool wide = sizeof(S) == 8;
+    constexpr S least = wide ? -746 : -104, most = wide ? 710 : 89;
+    return exponential_within<W, S>(between<W, S>(least, x, most));
 }

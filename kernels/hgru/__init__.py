@@ -156,6 +156,8 @@ OP = Op(
     backends=(
         Backend("naive", "kernels.hgru.naive"),
         Backend("compiled", "kernels.hgru.compiled"),
+        Backend("native", "kernels.hgru.native", devices=("cpu",)),
+        Backend("fla", "kernels.hgru.fla", devices=("cuda",), foreign=True),
     ),
     sample=_sample,
     cost=_cost,

@@ -1,0 +1,46 @@
+// What hgru makes of its inputs, on vectors: act(x) and its derivative.
+#pragma once
+#include "../sigmoid.h"
+
+// In the order of gates.py. KNOWN_LATER: the kind is looked up for every vector.
+enum Kind : int64_t { SILU, IDENTITY, TANH, SIGMOID, POSITIVE, KNOWN_LATER };
+
+// tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|), and 4 e / (1 + e)^2; 1 - e is computed without a cancellation.
+template <int W, class S>
+INLINE Vec<S, W> hyperbolic_tangent(Vec<S, W> x, Vec<S, W>& derivative) {
+    // beyond this e is no normal number
+    constexpr S most = sizeof(S) == 8 ? 350 : 43;
+    constexpr Vec<S, W> zero = {}, one = zero + 1;
+    auto [n, shifted, r, series] = reduced<W, S>(-2 * between<W, S>(0, x < 0 ? -x : x, most));
+    // e = 2^n (1 + rest)
+    Vec<S, W> rest = series * (r * r) + r, power = times_power_of_two<W, S>(one, n, shifted);
+    Vec<S, W> e = rest * power + power, s = inverse<W, S>(1 + e);
+    Vec<S, W> t = ((one - power) - rest * power) * s;
+    derivative = 4 * e * s * s;
+    return x < 0 ? -t : t;
+}
+
+template <Kind KIND, int W, class S>
+INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x, Vec<S, W>& derivative) {
+    constexpr Vec<S, W> zero = {};
+    Vec<S, W> p, q;
+    switch (KIND == KNOWN_LATER ? kind : KIND) {
+        case SILU:
+            sigmoids<W, S>(x, p, q);
+            derivative = p * (1 + x * q);
+            return x * p;
+        case TANH:
+            return hyperbolic_tangent<W, S>(x, derivative);
+        case SIGMOID:
+            sigmoids<W, S>(x, p, q);
+            derivative = p * q;
+            return p;
+        case POSITIVE:
+            sigmoids<W, S>(x, p, q);
+            derivative = x >= 0 ? zero + 1 : p * q;
+            return x >= 0 ? x + S(0.5) : p;
+        default:
+            derivative = zero + 1;
+            return x;
+    }
+}
