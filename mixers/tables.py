@@ -7,7 +7,7 @@ device, versions, date and command; everything else is made from it, and `check`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 import pandas as pd
 
 from autotune.lookup import MARGIN
-from kernels.catalogue import OPS
-from mixers import plots
-from mixers.units import seconds
+from mixers import measured, predicted
 
 # What one measurement is of; of several files the last one's row counts.
 IDENTITY = ["device", "kind", "name", "variant", "sizes", "direction", "dtype", "length", "backend"]
 COLUMNS = [*IDENTITY, "config", "chosen", "median_s", "iqr_s", "rounds", "bytes", "flops", "tokens"]
 COLUMNS += ["limit_bytes_s", "limit_flops_s", "torch", "triton", "python", "version", "threads", "date"]
 COLUMNS += ["command", "test"]
-RATES = {"bytes": "GB/s", "flops": "GFLOP/s"}
-DIRECTIONS = ["forward", "forward+backward", "decode"]
+INTRODUCTION = (
+    "One page a device, each made by running the benchmarks on it. No figure here was typed in; "
+    "[how we measure](how-we-measure.md)."
+)
 
 
 def newest(folder: Path) -> Path:
@@ -67,10 +67,11 @@ def generated(out: Path) -> dict[str, bytes]:
     for csv in csvs:
         # rows that were measured before a column was thought of have none of it
         rows = pd.read_csv(csv, keep_default_na=False, na_values=[""]).reindex(columns=COLUMNS)
-        pictures = _pictures(csv.stem, rows)
+        pictures = measured.pictures(csv.stem, rows)
         found.update(pictures)
-        found[f"{csv.stem}.md"] = markdown(csv.stem, rows, sorted(pictures)).encode()
-    found["README.md"] = _index(csvs).encode()
+        found[f"{csv.stem}.md"] = measured.markdown(csv.stem, rows, sorted(pictures)).encode()
+    found.update(predicted.pages(out))
+    found["README.md"] = f"{_index(csvs)}{predicted.links(found)}".encode()
     return found
 
 
@@ -130,27 +131,6 @@ def _csv(rows: pd.DataFrame) -> str:
     return rows.sort_values(IDENTITY, kind="stable").to_csv(index=False, lineterminator="\n")
 
 
-def _pictures(device: str, rows: pd.DataFrame) -> dict[str, bytes]:
-    """Layers over lengths, one picture a direction and dtype that has more than one length; ops under the roofline."""
-    found = {}
-    ops = _chosen(rows).dropna(subset=["limit_flops_s", "flops"])
-    for (dtype,), part in _grouped(ops, ["dtype"]):
-        made = plots.roofline(part, f"ops by the backends that auto chose, {dtype}")
-        found.update({f"{device}-roofline-{dtype}.{suffix}": content for suffix, content in made.items()})
-    layers = rows[rows["kind"] == "mixer"]
-    for (direction, dtype), part in _grouped(layers, ["direction", "dtype"]):
-        if part["length"].nunique() > 1:
-            stem = f"{device}-{direction.replace('+', '-')}-{dtype}"
-            made = plots.layers(part, f"{direction}, {dtype}, {part['sizes'].iloc[0]}")
-            found.update({f"{stem}.{suffix}": content for suffix, content in made.items()})
-    return found
-
-
-def _chosen(rows: pd.DataFrame) -> pd.DataFrame:
-    """Those of the ops on the backends that `auto` chose."""
-    return rows[(rows["kind"] == "op") & (rows["chosen"].astype(str) == "True")]
-
-
 def read(file: Path) -> pd.DataFrame:
     """The rows of one file that pytest-benchmark saved."""
     try:
@@ -183,123 +163,12 @@ def _row(benchmark: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def markdown(device: str, rows: pd.DataFrame, pictures: Sequence[str] = ()) -> str:
-    """The page of one device."""
-    parts = [f"# Speed on {device}", _preface(rows)]
-    ops, layers = rows[rows["kind"] == "op"], rows[rows["kind"] == "mixer"]
-    if len(ops):
-        parts.append(
-            "## Ops\n\nThe backend that `auto` chose is in bold. "
-            "GB/s counts every input read once and every output written once, GFLOP/s the operations of the equation."
-        )
-    for (name, variant, direction, dtype), part in _grouped(ops, ["name", "variant", "direction", "dtype"]):
-        parts.append(f"### {name}{f' ({variant})' if variant else ''}, {direction}, {dtype}")
-        for sizes, same in _grouped(part, ["sizes"]):
-            parts.append(f"{sizes[0]}\n\n{_table(same, 'backend', _rate)}")
-    if len(layers):
-        parts.append(
-            "## Layers\n\nWhole layers with their projections, on the backends that `auto` chose; the fastest is bold. "
-            "Decoding is one token after T others."
-        )
-    for (direction, dtype), part in _grouped(layers, ["direction", "dtype"]):
-        for sizes, same in _grouped(part, ["sizes"]):
-            parts.append(f"### {direction}, {dtype}, {sizes[0]}\n\n{_table(same, 'name', _tokens)}")
-    drawn = [name for name in pictures if name.endswith(".svg")]
-    parts += [f"![{'roofline' if 'roofline' in name else 'time against length'}]({name})" for name in drawn]
-    return "\n\n".join(parts) + "\n"
-
-
-def _preface(rows: pd.DataFrame) -> str:
-    def all_of(column: str) -> str:
-        return ", ".join(dict.fromkeys(str(value) for value in rows[column] if str(value) not in ("", "nan"))) or "none"
-
-    versions = f"sequence-mixers {all_of('version')}, torch {all_of('torch')}, triton {all_of('triton')}"
-    return "\n".join(
-        [
-            "Generated by `mixers tables`. Each cell is the median of the rounds ± their interquartile range.",
-            "",
-            f"- device: {all_of('device')}, {all_of('threads')} threads",
-            f"- versions: {versions}, Python {all_of('python')}",
-            f"- date: {all_of('date')}",
-            f"- limits measured beside them: {_limits(rows)}; % is the share of the nearer one that the least possible "
-            "bytes and operations take, above 100 % where tensors stay in a cache",
-            f"- made by: `{all_of('command')}`, then `mixers tables`; one row again: `python -m pytest` with what the "
-            "CSV file has in its column `test`",
-        ]
-    )
-
-
-def _limits(rows: pd.DataFrame) -> str:
-    """Medians, for a sweep in several parts measures them several times."""
-    if not rows["limit_bytes_s"].notna().any():
-        return "none"
-    bandwidth = f"{rows['limit_bytes_s'].median() / 1e9:.3g} GB/s (an addition)"
-    reached = rows.groupby("dtype")["limit_flops_s"].median()
-    products = [f"{limit / 1e9:.3g} GFLOP/s ({dtype})" for dtype, limit in reached.items()]
-    return f"{bandwidth}, matrix products {', '.join(products)}"
-
-
-def _table(rows: pd.DataFrame, column: str, rate: Callable[[pd.Series], str]) -> str:
-    """Lengths down, backends (simplest first) or layers across."""
-    rows = rows.assign(cell=[_cell(row, rate(row), _bold(row, rows)) for _, row in rows.iterrows()])
-    order = sorted(set(rows[column]), key=_place)
-    wide = rows.pivot(index="length", columns=column, values="cell").reindex(columns=order).fillna("—")
-    return wide.rename_axis(index="T", columns=None).to_markdown(disable_numparse=True, stralign="right")
-
-
-def _place(name: str) -> tuple[int, str]:
-    """Backends in the order of their op's list, everything else by name."""
-    listed = [backend.name for op in OPS.values() for backend in op.backends]
-    return (listed.index(name) if name in listed else len(listed), name)
-
-
-def _bold(row: pd.Series, rows: pd.DataFrame) -> bool:
-    """The chosen backend, or the fastest layer."""
-    if row["kind"] == "op":
-        return str(row["chosen"]) == "True"
-    return row["median_s"] == rows[rows["length"] == row["length"]]["median_s"].min()
-
-
-def _cell(row: pd.Series, rate: str, bold: bool) -> str:
-    spread = seconds(row["iqr_s"], digits=2)
-    text = f"{seconds(row['median_s'])} ± {spread}{f' ({rate})' if rate else ''}"
-    return f"**{text}**" if bold else text
-
-
-def _rate(row: pd.Series) -> str:
-    """GB/s or GFLOP/s, whichever is nearer to what the device can do, and the share of that."""
-    spent, what, unit = max((least_seconds(row, what), what, unit) for what, unit in RATES.items())
-    if not spent:
-        return ""
-    return f"{float(row[what]) / row['median_s'] / 1e9:.3g} {unit}, {spent / row['median_s']:.0%}"
-
-
-def _tokens(row: pd.Series) -> str:
-    rate = float(row["tokens"]) / row["median_s"]
-    tokens = f"{rate / 1e3:.3g} k tokens/s" if rate >= 1e3 else f"{rate:.0f} tokens/s"
-    share = max(least_seconds(row, what) for what in RATES) / row["median_s"]
-    return f"{tokens}, {share:.0%}" if share > 0 else tokens
-
-
-def least_seconds(row: pd.Series, what: str) -> float:
-    """How long the device takes at its measured limit for the row's "bytes" or "flops"; 0 where one is not known."""
-    amount, limit = row[what], row[f"limit_{what}_s"]
-    return float(amount) / float(limit) if pd.notna(amount) and pd.notna(limit) and limit != "" else 0.0
-
-
-def _grouped(rows: pd.DataFrame, columns: Sequence[str]) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
-    """Groups in the order of first appearance, directions in their own order; empty cells are a group too."""
-    found = rows.fillna(dict.fromkeys(columns, "")).groupby(list(columns), sort=False)
-    groups = [(key if isinstance(key, tuple) else (key,), part) for key, part in found]
-    return sorted(groups, key=lambda group: [DIRECTIONS.index(k) if k in DIRECTIONS else k for k in group[0]])
-
-
 def _index(files: Sequence[Path]) -> str:
-    parts = ["# Speed", "One page a device, each made by running the benchmarks on it. No figure here was typed in."]
+    parts = ["# Speed", INTRODUCTION]
     found, answers = [], []
     for file in files:
         rows = pd.read_csv(file, keep_default_na=False)
-        answers += _answers(file.stem, rows)
+        answers += measured.answers(file.stem, rows)
         found.append(
             {
                 "device": f"[{file.stem}]({file.stem}.md)",
@@ -312,26 +181,3 @@ def _index(files: Sequence[Path]) -> str:
         )
     parts.append(pd.DataFrame(found).to_markdown(index=False, disable_numparse=True))
     return "\n\n".join([*parts, *answers]) + "\n"
-
-
-def _answers(device: str, rows: pd.DataFrame) -> list[str]:
-    """Which layer is the fastest at which length, and how many times as fast as attention; and which backend runs."""
-    parts = []
-    for (dtype,), part in _grouped(rows[rows["kind"] == "mixer"], ["dtype"]):
-        table: dict[str, dict[int, str]] = {}
-        for (direction,), same in _grouped(part, ["direction"]):
-            yardstick = same[same["name"] == plots.YARDSTICK].set_index("length")["median_s"]
-            for length, at in same.groupby("length"):
-                best = at.loc[at["median_s"].idxmin()]
-                known = length in yardstick and best["name"] != plots.YARDSTICK
-                faster = f", {yardstick[length] / best['median_s']:.1f} × as fast as attention" if known else ""
-                table.setdefault(direction, {})[int(length)] = f"{best['name']}{faster}"
-        made = pd.DataFrame(table).sort_index().fillna("—").rename_axis(index="T")
-        parts.append(f"## The fastest layer on {device}, {dtype}, {part['sizes'].iloc[0]}")
-        parts.append(made.to_markdown(disable_numparse=True))
-    for (dtype,), part in _grouped(_chosen(rows), ["dtype"]):
-        part = part.assign(op=part["name"] + part["variant"].map(lambda variant: f" ({variant})" if variant else ""))
-        wide = part.pivot_table(index=["op", "direction"], columns="length", values="backend", aggfunc="first")
-        parts.append(f"## The backend that auto chooses on {device}, {dtype}, by length T")
-        parts.append(wide.fillna("—").reset_index().rename_axis(columns=None).to_markdown(index=False))
-    return parts

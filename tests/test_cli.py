@@ -21,7 +21,7 @@ import mixers
 from kernels.catalogue import OPS
 from kernels.scan import OP as SCAN
 from kernels.scan import compiled
-from mixers import plots, tables, units
+from mixers import measured, plots, tables, units
 from mixers.commands import app, doctor
 from mixers.commands.catalogue import Document
 
@@ -294,7 +294,7 @@ def test_tables_make_a_page_a_device_and_an_index(tmp_path: Path) -> None:
     rows = pd.read_csv(out / "toy-device.csv", keep_default_na=False, na_values=[""])
     assert len(rows) == 4
     assert not rows[["device", "torch", "date", "command", "test", "median_s", "iqr_s"]].isna().to_numpy().any()
-    assert tables.markdown("toy-device", rows, ["toy-device-roofline-float32.svg"]) == page
+    assert measured.markdown("toy-device", rows, ["toy-device-roofline-float32.svg"]) == page
 
 
 def long_run(path: Path, factor: float = 1.0) -> Path:
