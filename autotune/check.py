@@ -15,7 +15,8 @@ Outputs = Any
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a candidate must not be run. status: "wrong" or "error". limit_s: see Record."""
+    """Why a candidate must not be run. status: "wrong", "error", or "" where nothing was learnt that is worth a record.
+    limit_s: see Record."""
 
     status: str
     message: str

@@ -138,7 +138,8 @@ def search(
         tell(done, f"checking {candidate}")
         failure = trial(candidate, left) if trial else None
         if failure is not None:
-            save(candidate, failure.status, message=failure.message, limit_s=failure.limit_s)
+            if failure.status:
+                save(candidate, failure.status, message=failure.message, limit_s=failure.limit_s)
             continue
         found = check(candidate.prepare, expected, agree)
         if not isinstance(found, Failure):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kernels.agreement import Inputs, draw, pose
 from kernels.catalogue import OPS
+from kernels.comparison import fits
 from kernels.op import Op
 from kernels.problem import Problem
-from kernels.tuning import fits
 
 # Widths of a small language model; an op's other axes are 4.
 SIZES = {"B": 2, "D": 512, "H": 8, "G": 2, "K": 64, "V": 64, "W": 4}

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 import autotune
-from kernels import tuning
+from kernels import comparison
 from kernels.agreement import Expected, draw, pose
 from kernels.catalogue import OPS
+from kernels.comparison import checked_length
 from kernels.explain import explain
 from kernels.op import Backend, Op
 from kernels.problem import Problem
 from kernels.scan import OP as SCAN
 from kernels.scan import naive, scan
-from kernels.tuning import checked_length, tune, tune_problems
+from kernels.tuning import tune, tune_problems
 
 CPU = torch.device("cpu")
 SIZES = {"B": 2, "T": 9, "D": 5}
@@ -215,7 +216,7 @@ def test_where_the_loop_takes_too_long_the_comparison_is_shorter(monkeypatch: py
 
     op = planted(monkeypatch, spy=(seen, right), wrong=(one_element(0), right))
     posed = replace(problem(op), sizes={**problem(op).sizes, "T": 3000})
-    monkeypatch.setattr(tuning, "LOOP_BYTES", op.cost(problem(op)).bytes * 2 * 200 // 9)
+    monkeypatch.setattr(comparison, "LOOP_BYTES", op.cost(problem(op)).bytes * 2 * 200 // 9)
     length = checked_length(op, posed, seconds=1000)
     assert length < 200
     # the last chunk of any candidate is cut
@@ -232,7 +233,7 @@ def test_where_the_loop_takes_too_long_the_comparison_is_shorter(monkeypatch: py
 
 def test_a_short_budget_shortens_the_comparison() -> None:
     posed = replace(problem(), sizes={**problem().sizes, "T": 4096})
-    assert checked_length(SCAN, posed, seconds=1e-6) == tuning.SHORTEST
+    assert checked_length(SCAN, posed, seconds=1e-6) == comparison.SHORTEST
     assert checked_length(SCAN, posed, seconds=1e6) == 4096
 
 
