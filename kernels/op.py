@@ -147,10 +147,11 @@ class Op:
 
     @cached_property
     def source(self) -> str:
-        """A hash of the op's source files and of what all native code shares: with other sources, rows are stale."""
+        """A hash of the op's source files and of what all native and Triton code shares: with other sources, rows are stale."""
         folder = Path(importlib.util.find_spec(self.backends[0].module).origin).parent  # type: ignore[union-attr, arg-type]
         digest = hashlib.sha256()
-        shared = [p for p in folder.parent.iterdir() if p.suffix == ".h" or p.name in ("jit_cpp.py", "inductor.py")]
+        names = ("jit_cpp.py", "inductor.py", "triton_launch.py", "triton_rows.py")
+        shared = [p for p in folder.parent.iterdir() if p.suffix == ".h" or p.name in names]
         for path in sorted([p for p in folder.iterdir() if p.suffix in (".py", ".cpp", ".h")] + shared):
             digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()[:16]

@@ -1,17 +1,13 @@
-"""The scan on GPUs: one launch forward, one launch backward, every byte read once and written once.
+"""The scan on GPUs: one launch each way that moves every byte once, or three short ones that split time over programs.
 
-A warp walks down the rows of one sequence, 32 neighbouring numbers of a row wide (64 where a thread has two), and
-every thread keeps whole columns in registers; triton_kernels.py has the kernels. Under TRITON_INTERPRET=1 they run on
-the CPU, slowly, for tests.
+A warp walks down the rows of one sequence, or of one chunk of it, 32 neighbouring numbers of a row wide (64 where a
+thread has two), and every thread keeps whole columns in registers; triton_kernels.py has the kernels. Under
+TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,27 +17,32 @@ from torch import Tensor
 from kernels import triton_aot
 from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
-from kernels.scan.triton_kernels import scan_backward, scan_forward
+from kernels.scan.triton_kernels import scan_backward, scan_chunks, scan_forward
+from kernels.triton_launch import (
+    CONSTANTS,
+    Launch,
+    Sequences,
+    compile_all,
+    distances,
+    in_units,
+    lanes,
+    missing,
+    stages,
+    two,
+    with_splits,
+)
 
 INTERPRETED = not isinstance(scan_forward, triton.JITFunction)
 # From this many numbers to the rows of all sequences together, programs of four warps are still enough for any GPU
 MANY_COLUMNS = 2**17
-CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    device = problem.device
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return [f"needs a CUDA or HIP device, the tensors are on {device.type}"]
     width = problem.sizes["D"] * (2 if problem.options["pairs"] else 1)
     if width >= 2**30:
-        return [f"rows of {width} numbers; at most {2**30 - 1}"]
-    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return [f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"]
-    return []
+        return [*missing(problem.device, INTERPRETED), f"rows of {width} numbers; at most {2**30 - 1}"]
+    return missing(problem.device, INTERPRETED)
 
 
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
@@ -49,23 +50,28 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
 
     BT: rows of a tile. num_warps: warps side by side. num_stages: tiles in work or on their way. The rows named here
     are for 4 bytes to a thread; where a thread's numbers are wider there are fewer. A warp then takes at most 9 KiB of
-    shared memory, so that at least a quarter of the warps that a GPU can hold are resident.
-    The default is one warp to a program, or four where that leaves programs enough (see MANY_COLUMNS).
+    shared memory, so that at least a quarter of the warps that a GPU can hold are resident. split: steps of a chunk,
+    where time is split over programs; without it the state is carried through time.
+    The default is one warp to a program, or four where that leaves programs enough (see MANY_COLUMNS); it is carried
+    unless there are few columns and long sequences (see `with_splits`).
     """
-    numbers = 2 if _two(problem.options["pairs"], _sequence(problem)) else 1
+    pairs = problem.options["pairs"]
+    numbers = 2 if two(pairs, _sequence(problem)) else 1
     sizes = [dtype.itemsize * numbers for dtype in problem.dtypes.values()]
-    # A warp moves 512 bytes at a time, 16 to a thread: no tile may be smaller
-    least, shrink = 16 // min(sizes), max(sizes) // 4
     if problem.direction == "forward":
         narrow, wide, other = (8, 1, 5), (8, 4, 4), (16, 1, 2)
     else:
         narrow, wide, other = (8, 1, 3), (8, 4, 3), (4, 1, 5)
-    columns = problem.sizes["N"] * problem.sizes["D"] * (2 if problem.options["pairs"] else 1)
+    columns = problem.sizes["N"] * problem.sizes["D"] * (2 if pairs else 1)
     order = (wide, narrow, other) if columns >= MANY_COLUMNS else (narrow, wide, other)
-    return [
-        {"BT": max(rows // shrink, least), "num_warps": num_warps, "num_stages": num_stages}
-        for rows, num_warps, num_stages in order
-    ]
+    found = {shape: _config(*shape, sizes) for shape in order}
+    return with_splits(list(found.values()), found[narrow], problem, columns=32 * numbers)
+
+
+def _config(rows: int, num_warps: int, num_stages: int, sizes: Sequence[int]) -> dict[str, int]:
+    """sizes: the bytes of a thread's numbers in a row of each stream."""
+    # A warp moves 512 bytes at a time, 16 to a thread: no tile may be smaller
+    return {"BT": max(rows * 4 // max(sizes), 16 // min(sizes)), "num_warps": num_warps, "num_stages": num_stages}
 
 
 def forward(
@@ -81,8 +87,9 @@ def forward(
     h = torch.empty_like(x, memory_format=torch.contiguous_format)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = x.new_empty((sequences, *x.shape[2:]), dtype=state_dtype(x.dtype))
-    launch = _forward(a, x, initial_state, h, final_state, cu_seqlens, reverse, config, _lanes(x.device))
-    launch(x.device)
+    given = _Given(x, cu_seqlens, reverse, config, lanes(x.device))
+    for launch in given.forward(a, x, initial_state, h, final_state):
+        launch(x.device)
     return h, final_state
 
 
@@ -104,9 +111,9 @@ def backward(
     dinitial = None
     if needs[2] and initial_state is not None:
         dinitial = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    lanes = _lanes(h.device)
-    launch = _backward(dh, dfinal_state, a, h, initial_state, da, dx, dinitial, cu_seqlens, reverse, config, lanes)
-    launch(h.device)
+    given = _Given(h, cu_seqlens, reverse, config, lanes(h.device))
+    for launch in given.backward(dh, dfinal_state, a, h, initial_state, da, dx, dinitial):
+        launch(h.device)
     return da, dx, dinitial
 
 
@@ -126,132 +133,122 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
 
     initial = state() if problem.options["initial_state"] else None
     packed = torch.empty(sizes["N"] + 1, dtype=torch.int32, device="meta") if problem.options["packed"] else None
-    rest = packed, problem.options["reverse"], config, triton_aot.lanes(target)
     a, like_x = sequence(problem.dtypes["a"]), sequence(dtype)
+    given = _Given(like_x, packed, problem.options["reverse"], config, triton_aot.lanes(target))
     if problem.direction == "forward":
-        launch = _forward(a, like_x, initial, like_x, state(), *rest)
-    else:
-        launch = _backward(like_x, initial, a, like_x, initial, a, like_x, initial, *rest)
-    return [
-        triton_aot.compile_kernel(
-            launch.kernel, launch.arguments, target, programs=launch.programs, num_warps=launch.num_warps
+        return compile_all(given.forward(a, like_x, initial, like_x, state()), target)
+    return compile_all(given.backward(like_x, initial, a, like_x, initial, a, like_x, initial), target)
+
+
+class _Given:
+    """What sequences like `like` [B, T, D] or [B, T, D, 2] are launched with."""
+
+    def __init__(
+        self, like: Tensor, cu_seqlens: Tensor | None, reverse: bool, config: Mapping[str, int], lanes: int
+    ) -> None:
+        self.like, self.reverse, self.config, self.lanes = like, reverse, config, lanes
+        self.sequences = Sequences.of(like, cu_seqlens, config)
+        self.pairs, self.state = like.ndim == 4, state_dtype(like.dtype)
+        self.width = like.shape[2] * (2 if self.pairs else 1)
+
+    def forward(self, a: Tensor, x: Tensor, initial: Tensor | None, h: Tensor, final: Tensor) -> list[Launch]:
+        read: dict[str, Tensor | None] = {"a": side_by_side(a), "x": side_by_side(x)}
+        initial = contiguous(initial)
+        launches, entering = self.chunks(read, initial, backward=False)
+        tensors = {**read, "initial": initial, "entering": entering, "h": h, "final": final}
+        rows = distances(read) | {"h_b": self.batch_stride(h)}
+        return [*launches, self.launch(scan_forward, tensors, rows, REVERSE=self.reverse, PIECES=False)]
+
+    def backward(
+        self,
+        dh: Tensor | None,
+        dfinal: Tensor | None,
+        a: Tensor,
+        h: Tensor,
+        initial: Tensor | None,
+        da: Tensor | None,
+        dx: Tensor | None,
+        dinitial: Tensor | None,
+    ) -> list[Launch]:
+        read: dict[str, Tensor | None] = {"a": side_by_side(a), "dh": side_by_side(dh), "h": side_by_side(h)}
+        dfinal = contiguous(dfinal)
+        launches, entering = self.chunks({"a": read["a"], "x": read["dh"]}, dfinal, backward=True)
+        states = {"dfinal": dfinal, "entering": entering, "initial": contiguous(initial), "dinitial": dinitial}
+        tensors = {**read, **states, "da": da, "dx": dx}
+        rows = distances(read) | {"out_b": self.batch_stride(h)}
+        return [*launches, self.launch(scan_backward, tensors, rows, REVERSE=self.reverse)]
+
+    def chunks(
+        self, read: Mapping[str, Tensor | None], first: Tensor | None, backward: bool
+    ) -> tuple[list[Launch], Tensor | None]:
+        """The launches that make the state after every chunk that another one follows, and where they leave it. Nothing
+        where time is carried."""
+        sequences, chunk = self.sequences, self.sequences.chunk
+        if chunk is None:
+            return [], None
+        # a walk against time meets its chunks from the last row on
+        up = self.reverse == backward
+        rows = 1 if sequences.cu_seqlens is not None else sequences.batch, -1, *self.like.shape[2:]
+        product, ending, after = (
+            self.like.new_empty((sequences.pieces, *self.like.shape[2:]), dtype=self.state) for _ in range(3)
         )
-    ]
+        made = {**read, "product": product, "ending": ending}
+        first_launch = self.launch(scan_chunks, made, distances(read), REVERSE=not up, BACKWARD=backward)
 
+        steps = {"a": product.view(rows), "x": ending.view(rows)}
+        tensors = {**steps, "initial": first, "entering": None, "h": after, "final": None}
+        size = self.state.itemsize * (2 if self.pairs else 1)
+        config = _config(8, 1, 4, [size])
+        over = Sequences(sequences.batch, steps["a"].shape[1] - 1, None, None)
+        packed = sequences.cu_seqlens is not None
+        second = self.launch(
+            scan_forward,
+            tensors,
+            distances(steps) | {"h_b": self.batch_stride(steps["a"])},
+            config=config,
+            dtype=self.state,
+            sequences=sequences if packed else over,
+            programs=sequences.count,
+            REVERSE=False,
+            PIECES=packed,
+        )
+        return [first_launch, second], after
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel and everything that it is launched with."""
+    def batch_stride(self, contiguous: Tensor) -> int:
+        return 0 if contiguous.shape[0] == 1 else contiguous.shape[1] * self.width
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    num_warps: int
-
-    def __call__(self, device: torch.device) -> None:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
-
-
-def _forward(
-    a: Tensor,
-    x: Tensor,
-    initial: Tensor | None,
-    h: Tensor,
-    final: Tensor,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    config: Mapping[str, int],
-    lanes: int,
-) -> Launch:
-    tensors: dict[str, Tensor | None] = {"a": side_by_side(a), "x": side_by_side(x), "h": h}
-    states: dict[str, Tensor | None] = {"initial": contiguous(initial), "final": final}
-    distances = _distances(tensors)
-    del distances["h_t"]
-    return _launch(scan_forward, tensors | states, distances, x, cu_seqlens, reverse, config, lanes)
-
-
-def _backward(
-    dh: Tensor | None,
-    dfinal: Tensor | None,
-    a: Tensor,
-    h: Tensor,
-    initial: Tensor | None,
-    da: Tensor | None,
-    dx: Tensor | None,
-    dinitial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    config: Mapping[str, int],
-    lanes: int,
-) -> Launch:
-    read: dict[str, Tensor | None] = {
-        "dh": None if dh is None else side_by_side(dh),
-        "a": side_by_side(a),
-        "h": side_by_side(h),
-    }
-    states = {"dfinal": contiguous(dfinal), "initial": contiguous(initial), "dinitial": dinitial}
-    distances = _distances(read) | {"out_b": 0 if h.shape[0] == 1 else h.shape[1] * h[0, 0].numel()}
-    tensors = read | states | {"da": da, "dx": dx}
-    return _launch(scan_backward, tensors, distances, h, cu_seqlens, reverse, config, lanes)
-
-
-def _launch(
-    kernel: Any,
-    tensors: dict[str, Tensor | None],
-    distances: dict[str, int],
-    like: Tensor,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    config: Mapping[str, int],
-    lanes: int,
-) -> Launch:
-    """A launch for sequences like `like`: [B, T, D] or [B, T, D, 2]."""
-    pairs = like.ndim == 4
-    width = like.shape[2] * (2 if pairs else 1)
-    two = _two(pairs, like.dtype)
-    columns = config["num_warps"] * lanes * (2 if two else 1)
-    # What divides every distance is told to the compiler, which may then move 16 bytes at a time
-    unit = math.gcd(8, width, *distances.values())
-    sequences = like.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    arguments = tensors | {name: distance // unit for name, distance in distances.items()}
-    arguments |= {
-        "cu_seqlens": contiguous(cu_seqlens),
-        "T": like.shape[1],
-        "W": width // unit,
-        "UNIT": unit,
-        "REVERSE": reverse,
-        "PAIRS": pairs,
-        "TWO": two,
-        "STATE": CONSTANTS[state_dtype(like.dtype)],
-        "BT": config["BT"],
-        "BD": columns,
-        # Where warps have 64 threads, on AMD GPUs, tiles on their way take up registers
-        "STAGES": min(config["num_stages"], 2) if lanes == 64 else config["num_stages"],
-    }
-    return Launch(kernel, sequences * -(-width // columns), arguments, config["num_warps"])
-
-
-def _two(pairs: bool, dtype: torch.dtype) -> bool:
-    """Whether a thread has two numbers of a row: the parts of a pair, or two numbers of 16 bits."""
-    return pairs or dtype.itemsize == 2
+    def launch(
+        self,
+        kernel: Any,
+        tensors: Mapping[str, Tensor | None],
+        distances: Mapping[str, int],
+        *,
+        config: Mapping[str, int] | None = None,
+        dtype: torch.dtype | None = None,
+        sequences: Sequences | None = None,
+        programs: int | None = None,
+        **constants: bool,
+    ) -> Launch:
+        """A launch of so many programs for every block of columns; by default one for each piece, with the config."""
+        config, sequences = config or self.config, sequences or self.sequences
+        both = two(self.pairs, dtype or self.like.dtype)
+        columns = config["num_warps"] * self.lanes * (2 if both else 1)
+        arguments: dict[str, Any] = {
+            **tensors,
+            **in_units(self.width, distances),
+            **sequences.arguments,
+            **constants,
+            "PAIRS": self.pairs,
+            "TWO": both,
+            "STATE": CONSTANTS[self.state],
+            "BT": config["BT"],
+            "BD": columns,
+            "STAGES": stages(config, self.lanes),
+        }
+        programs = (sequences.pieces if programs is None else programs) * -(-self.width // columns)
+        return Launch(kernel, programs, arguments, config["num_warps"])
 
 
 def _sequence(problem: Problem) -> torch.dtype:
     # The backward pass is posed by the residuals a, h
     return problem.dtypes["x" if "x" in problem.dtypes else "h"]
-
-
-def _distances(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
-    """From one sequence to the next and from one row to the next, in numbers; 0 where there is only one or nothing."""
-    found = {}
-    for name, tensor in tensors.items():
-        found[f"{name}_b"] = 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
-        found[f"{name}_t"] = 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)
-    return found
-
-
-@functools.cache
-def _lanes(device: torch.device) -> int:
-    """The threads of a warp."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

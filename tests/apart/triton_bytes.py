@@ -15,6 +15,8 @@ from kernels.scan import triton as backend
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
 # Of the least possible, which is every input read once and every output written once
 LIMIT = 1.05
+# Where time is split: a and x are read twice, and of every 64 rows some states are kept
+SPLIT_LIMIT = 1.75
 
 
 def size(*tensors: Tensor | None) -> int:
@@ -54,6 +56,24 @@ def test_every_byte_is_moved_once(
     assert backward.written == size(*gradients)
     least = size(h, dfinal, a, h, initial, *gradients)
     assert 0.97 * least <= backward.moved <= LIMIT * least
+
+
+@pytest.mark.parametrize("dtype, pairs, packed", [(torch.float32, True, False), (torch.bfloat16, False, True)])
+def test_time_split_over_programs(dtype: torch.dtype, pairs: bool, packed: bool) -> None:
+    length, two = 150, [2] if pairs else []
+    a, x = torch.rand(2, 1, length, 8, *two).to(dtype)
+    cu_seqlens = torch.tensor([0, 70, length], dtype=torch.int32) if packed else None
+    config = {"BT": 8, "num_warps": 1, "num_stages": 3, "split": 64}
+    with counting() as forward:
+        h, final = backend.forward(a, x, None, cu_seqlens, reverse=False, config=config)
+    assert forward.launches == 3
+    assert 1.2 * size(a, x, h, final) < forward.moved <= SPLIT_LIMIT * size(a, x, h, final)
+    with counting() as backward:
+        da, dx, _ = backend.backward(
+            h, None, a, h, None, cu_seqlens, reverse=False, needs=(True, True, True), config=config
+        )
+    assert backward.launches == 3
+    assert 1.2 * size(h, a, h, da, dx) < backward.moved <= SPLIT_LIMIT * size(h, a, h, da, dx)
 
 
 def test_gradients_that_are_not_needed_move_nothing() -> None:

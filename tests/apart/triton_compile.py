@@ -27,24 +27,31 @@ WIDTH = 1000
 
 
 def problem(
-    direction: str, dtypes: str, width: int = WIDTH, batch: int = 4, pairs: bool = False, **options: bool
-) -> Problem:
+    direction: str, dtypes: str, width: int = WIDTH, batch: int = 16, length: int = 2048, pairs: bool = False,
+    **options: bool,
+) -> Problem:  # fmt: skip
     named = {"a": DTYPES[dtypes][0], "x" if direction == "forward" else "h": DTYPES[dtypes][1]}
     plain = {"reverse": False, "packed": False, "initial_state": False}
-    sizes = {"B": batch, "T": 2048, "D": width, "N": batch}
+    sizes = {"B": batch, "T": length, "D": width, "N": batch}
     if options.get("packed"):
         sizes["B"] = 1
     return Problem("scan", direction, torch.device("cuda"), named, sizes, {**plain, "pairs": pairs, **options})
 
 
-def check(found: triton_aot.Compiled, posed: Problem) -> None:
+def check(found: triton_aot.Compiled, posed: Problem, split: bool = False) -> None:
     """No spills, a quarter of the warps resident, 16 bytes at a time; on NVIDIA all streams by asynchronous copies."""
     assert found.spills == 0, found
     assert found.occupancy >= 0.25, found
     states = posed.options["initial_state"] + (posed.direction == "backward" and posed.options["initial_state"])
+    # The state before a chunk, and of the bounds of packed sequences one more, to find the chunk
+    states += split
+    if found.kernel == "scan_chunks":
+        assert sum(count for width, count in found.loads.items() if width < 16) <= 3, found
+        assert sum(found.stores.values()) <= 4, found
+        return
     # Narrower are only the rows of states, in one or two pieces, and the two bounds of a packed sequence
     narrow_loads = sum(count for width, count in found.loads.items() if width < 16)
-    assert narrow_loads <= 2 * states + 2 * posed.options["packed"], found
+    assert narrow_loads <= 2 * states + (2 + split) * posed.options["packed"], found
     narrow_stores = sum(count for width, count in found.stores.items() if width < 16)
     assert narrow_stores <= (2 if posed.direction == "forward" or states else 0), found
     assert found.stores[16] >= 1, found
@@ -58,16 +65,17 @@ def check(found: triton_aot.Compiled, posed: Problem) -> None:
 def compiled(direction: str, dtypes: str, config: int, target: str, **options: Any) -> None:
     posed = problem(direction, dtypes, **options)
     configs = backend.configs(posed)
-    assert len(configs) == 3
+    assert [config.get("split", 0) for config in configs] == [0, 0, 0, 64, 256]
     assert backend.cannot(posed) == []
-    (found,) = backend.compile_for(target, posed, configs[config])
-    check(found, posed)
+    found = backend.compile_for(target, posed, configs[config])
+    assert len(found) == (1 if config < 3 else 3)
+    for kernel in found:
+        check(kernel, posed, split=config >= 3)
 
 
 REPRESENTATIVE = [
     ("bfloat16", {}),
     ("float32", {"pairs": True, "packed": True, "initial_state": True}),
-    ("float64", {"reverse": True}),
 ]
 
 
@@ -79,10 +87,20 @@ def test_every_config(dtypes: str, options: dict[str, bool], direction: str, con
     compiled(direction, dtypes, config, target, **options)
 
 
+# How long a chunk is makes no other code
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_default_config_in_float32(direction: str, target: str) -> None:
+def test_time_split_over_programs(direction: str, target: str) -> None:
+    compiled(direction, "bfloat16", 3, target)
+    if target == "sm_80":
+        compiled(direction, "float32", 3, target, **REPRESENTATIVE[1][1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_default_config_in_other_dtypes(direction: str, target: str) -> None:
     compiled(direction, "float32", 0, target)
+    compiled(direction, "float64", 0, target, reverse=True)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
@@ -94,7 +112,7 @@ def test_float32_decays_beside_bfloat16(direction: str, config: int, target: str
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("config", range(3))
+@pytest.mark.parametrize("config", range(4))
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_the_cross_product(dtypes: str, config: int, target: str) -> None:
     everything = {"initial_state": True, "packed": True, "reverse": True}
@@ -121,9 +139,10 @@ def test_a_width_of_its_own_per_dtype() -> None:
 def test_spills_are_seen() -> None:
     posed = problem("forward", "float32", pairs=True)
     few = {name: torch.empty(8, device="meta") for name in ("a", "x", "h", "final")}
-    numbers = dict.fromkeys(("T", "W", "a_b", "a_t", "x_b", "x_t", "h_b"), 8)
+    numbers = dict.fromkeys(("T", "W", "N", "a_b", "a_t", "x_b", "x_t", "h_b"), 8)
     constants = {"UNIT": 8, "REVERSE": False, "PAIRS": True, "TWO": True, "STATE": backend.CONSTANTS[torch.float32]}
-    constants |= {"BT": 32, "BD": 64, "STAGES": 2, "initial": None, "cu_seqlens": None}
+    constants |= {"BT": 32, "BD": 64, "STAGES": 2, "initial": None, "entering": None, "cu_seqlens": None}
+    constants |= {"C": None, "PIECES": False}
     squeezed = triton_aot.compile_kernel(scan_forward, few | numbers | constants, "sm_90", num_warps=1, maxnreg=32)
     assert squeezed.registers <= 32
     assert squeezed.spills > 0
@@ -144,8 +163,10 @@ class _AbsentH100:
         return 0
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_launch_compiles_what_compile_for_compiles(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed, split", [(False, {}), (True, {}), (True, {"split": 8})])
+def test_a_launch_compiles_what_compile_for_compiles(
+    packed: bool, split: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched = []
 
     def warm_up(launch: backend.Launch, device: torch.device) -> None:
@@ -156,14 +177,14 @@ def test_a_launch_compiles_what_compile_for_compiles(packed: bool, monkeypatch: 
     a, x, dh = torch.rand(3, 1, 19, WIDTH, dtype=torch.bfloat16)
     cu_seqlens, initial = torch.tensor([0, 3, 19]), torch.rand(2, WIDTH)
     rest = (initial, cu_seqlens) if packed else (None, None)
-    config = {"BT": 4, "num_warps": 1, "num_stages": 2}
+    config = {"BT": 4, "num_warps": 1, "num_stages": 2, **split}
     needs = (True, True, packed)
     monkeypatch.setattr(triton.runtime.driver, "_active", _AbsentH100())
     h, final = backend.forward(a, x, *rest, reverse=False, config=config)
     dfinal = final if packed else None
     backend.backward(dh, dfinal, a, h, *rest, reverse=False, needs=needs, config=config)
     monkeypatch.undo()
-    assert len(launched) == 2
+    assert len(launched) == (6 if split else 2)
     for launch, source in launched:
         expected = triton_aot.specialize(launch.kernel, launch.arguments, nvidia=True)
         assert source.signature == expected.signature
@@ -176,6 +197,19 @@ def test_many_columns_come_with_more_warps() -> None:
     assert backend.configs(few)[0]["num_warps"] == 1
     assert backend.configs(many)[0]["num_warps"] == 4
     assert all(config in backend.configs(few) for config in backend.configs(many))
+
+
+def test_few_columns_and_long_sequences_come_with_time_split() -> None:
+    def first(length: int, batch: int, **options: bool) -> int:
+        posed = problem("forward", "bfloat16", batch=batch, length=length, **options)
+        return backend.configs(posed)[0].get("split", 0)
+
+    # 16 programs of a warp for a sequence
+    assert [first(length, 8) for length in (512, 1024, 2**14, 2**15, 2**17)] == [0, 64, 64, 256, 256]
+    assert [first(2**17, batch) for batch in (8, 9)] == [256, 0]
+    # Packed sequences are as long as they are on average
+    assert [first(2**13, batch, packed=True) for batch in (8, 9)] == [64, 0]
+    assert first(2**12, 8, packed=True) == 0
 
 
 def test_what_it_cannot_do_and_unknown_targets_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ BT = 8
 CONFIG = {"BT": BT, "num_warps": 1, "num_stages": 3}
 # The columns of a program with that config
 BD = 32
+# Time split over programs: chunks of two tiles
+SPLIT = {"BT": 2, "num_warps": 1, "num_stages": 3, "split": 4}
 # A result may be wrong by this multiple of what the plain loop in the same dtype gets wrong, plus 2 ulp of its scale
 MULTIPLE = 2
 
@@ -157,19 +160,51 @@ def test_every_shipped_config(dtypes: tuple[torch.dtype, torch.dtype], pairs: bo
         named = {decay: dtypes[0], sequence: dtypes[1]}
         problem = Problem("scan", direction, torch.device("cpu"), named, {"B": 1, "T": 64, "D": 8, "N": 1}, options)
         assert backend.cannot(problem) == []
-        assert 1 <= len(backend.configs(problem)) <= 4
+        assert 1 <= len(backend.configs(problem)) <= 5
         found += backend.configs(problem)
     for config in {tuple(config.items()): config for config in found}.values():
         run(dtypes, batch=1, length=2 * config["BT"] + 1, width=9, pairs=pairs, config=config)
+
+
+FACTS = {
+    "length": (4, 5, 8, 11),
+    "width": (1, 3, BD + 1),
+    "pairs": (False, True),
+    "packed": (False, True),
+    "reverse": (False, True),
+    "initial": (False, True),
+    "dh": (True, True, False),
+    "dfinal": (False, True),
+}
+CASES = [{name: random.Random(f"{seed} {name}").choice(values) for name, values in FACTS.items()} for seed in range(8)]
+
+
+@pytest.mark.parametrize("seed", range(len(CASES)))
+def test_time_split_over_programs(seed: int) -> None:
+    run(DTYPES[seed % len(DTYPES)], **CASES[seed], config=SPLIT)
+
+
+def test_the_cases_have_every_value() -> None:
+    for name, values in FACTS.items():
+        assert {str(case[name]) for case in CASES} == {str(value) for value in values}
+
+
+def test_many_packed_sequences_find_their_chunks() -> None:
+    a, x = torch.rand(2, 1, 31, 3)
+    cu_seqlens = torch.tensor([0, 0, 4, 12, 12, 13, 17, 25, 25, 25, 31])
+    initial = torch.rand(10, 3)
+    found = backend.forward(a, x, initial, cu_seqlens, reverse=False, config=SPLIT)
+    for ours, plain in zip(found, naive.forward(a, x, initial, cu_seqlens, reverse=False)):
+        torch.testing.assert_close(ours, plain)
 
 
 def test_needs_skip_what_is_not_needed_and_leave_the_rest_alone() -> None:
     a, h, dh = torch.rand(3, 1, 11, 5)
     initial, dfinal = torch.randn(2, 1, 5)
     everything = None
-    for needs in itertools.product((True, False), repeat=3):
-        found = backend.backward(dh, dfinal, a, h, initial, None, reverse=False, needs=needs, config=CONFIG)
-        everything = everything or found
+    for config, needs in itertools.product((CONFIG, SPLIT), itertools.product((True, False), repeat=3)):
+        found = backend.backward(dh, dfinal, a, h, initial, None, reverse=False, needs=needs, config=config)
+        everything = found if all(needs) else everything
         for needed, gradient, expected in zip(needs, found, everything):
             assert torch.equal(gradient, expected) if needed else gradient is None
 
@@ -212,17 +247,18 @@ def test_offsets_beyond_31_bits(reverse: bool, monkeypatch: pytest.MonkeyPatch) 
             assert all(torch.equal(f, e) for f, e in zip(found, expected))
 
 
+@pytest.mark.parametrize("config", [CONFIG, SPLIT], ids=["carried", "split"])
 @pytest.mark.parametrize("pairs, packed", [(False, False), (True, False), (False, True)])
-def test_programs_in_any_order_give_the_same_bits(pairs: bool, packed: bool) -> None:
-    two = [2] if pairs else []
-    a, x, dh = torch.rand(3, 1 if packed else 2, BT + 1, 2 * BD + 1, *two)
+def test_programs_in_any_order_give_the_same_bits(pairs: bool, packed: bool, config: dict[str, int]) -> None:
+    two, width = [2] if pairs else [], 3 if config is SPLIT else 2 * BD + 1
+    a, x, dh = torch.rand(3, 1 if packed else 2, BT + 1, width, *two)
     cu_seqlens = torch.tensor([0, 4, 4, BT + 1]) if packed else None
-    initial = torch.rand(3 if packed else 2, 2 * BD + 1, *two)
+    initial = torch.rand(3 if packed else 2, width, *two)
 
     def everything() -> tuple[Tensor, ...]:
-        h, final = backend.forward(a, x, initial, cu_seqlens, reverse=False, config=CONFIG)
+        h, final = backend.forward(a, x, initial, cu_seqlens, reverse=False, config=config)
         saved = dh, final, a, h, initial, cu_seqlens
-        return h, final, *backend.backward(*saved, reverse=False, needs=(True, True, True), config=CONFIG)
+        return h, final, *backend.backward(*saved, reverse=False, needs=(True, True, True), config=config)
 
     expected = everything()
     for seed in range(2):

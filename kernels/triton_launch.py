@@ -1,0 +1,156 @@
+"""What launches of Triton kernels of recurrences with a vector state share: layouts, widths, and the split of time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import triton_aot
+from kernels.problem import Problem
+
+CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+# Of an H100, where there is no GPU to ask
+MULTIPROCESSORS = 132
+# Steps of a sequence from which three short launches take less time than one walk
+LONG = 1024
+# From so many steps on, chunks of 256 steps: the launch over chunks is then no longer a walk than the other two
+VERY_LONG = 2**15
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and everything that it is launched with."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+
+    def __call__(self, device: torch.device) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+
+    def compile_for(self, target: str) -> triton_aot.Compiled:
+        return triton_aot.compile_kernel(
+            self.kernel, self.arguments, target, programs=self.programs, num_warps=self.num_warps
+        )
+
+
+def missing(device: torch.device, interpreted: bool) -> list[str]:
+    """What keeps Triton from running on this device."""
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return [f"needs a CUDA or HIP device, the tensors are on {device.type}"]
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return [f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"]
+    return []
+
+
+@functools.cache
+def lanes(device: torch.device) -> int:
+    """The threads of a warp."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def with_splits(
+    carried: list[dict[str, int]], split: Mapping[str, int], problem: Problem, columns: int
+) -> list[dict[str, int]]:
+    """Candidates that carry the state through time, and beside them `split` with chunks of 64 and of 256 steps.
+
+    The rule: split time first where sequences are LONG and programs of one warp, which have so many columns, are fewer
+    than the GPU's multiprocessors; then chunks of 256 steps first where sequences are VERY_LONG. A chunk is never
+    longer than the rows.
+    """
+    sizes = problem.sizes
+    chunks = [256, 64] if mean_length(problem) >= VERY_LONG else [64, 256]
+    others = [{**split, "split": rows} for rows in chunks if rows < sizes["T"]]
+    width = sizes["D"] * (2 if problem.options["pairs"] else 1)
+    programs = sizes["N"] * -(-width // columns)
+    few = programs < multiprocessors(problem.device) and mean_length(problem) >= LONG
+    return others + carried if few else carried + others
+
+
+def mean_length(problem: Problem) -> int:
+    return problem.sizes["B"] * problem.sizes["T"] // problem.sizes["N"]
+
+
+def two(pairs: bool, dtype: torch.dtype) -> bool:
+    """Whether a thread has two numbers of a row: the parts of a pair, or two numbers of 16 bits."""
+    return pairs or dtype.itemsize == 2
+
+
+def stages(config: Mapping[str, int], lanes: int) -> int:
+    """Where warps have 64 threads, on AMD GPUs, tiles on their way take up registers."""
+    return min(config["num_stages"], 2) if lanes == 64 else config["num_stages"]
+
+
+def distances(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
+    """From one sequence to the next and from one row to the next, in numbers; 0 where there is only one or nothing."""
+    found = {}
+    for name, tensor in tensors.items():
+        found[f"{name}_b"] = 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
+        found[f"{name}_t"] = 0 if tensor is None or tensor.shape[1] == 1 else tensor.stride(1)
+    return found
+
+
+def in_units(width: int, distances: Mapping[str, int]) -> dict[str, int]:
+    """W, distances and the UNIT that they are given in. It divides all of them: the compiler may then move 16 bytes at
+    a time."""
+    unit = math.gcd(8, width, *distances.values())
+    return {name: distance // unit for name, distance in distances.items()} | {"W": width // unit, "UNIT": unit}
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """How many sequences there are, how many rows together, and into how many chunks of C steps they are cut."""
+
+    batch: int
+    length: int
+    cu_seqlens: Tensor | None
+    chunk: int | None
+
+    @classmethod
+    def of(cls, x: Tensor, cu_seqlens: Tensor | None, config: Mapping[str, int]) -> Sequences:
+        """Of rows x [B, T, ...]; time is carried where the config says so, and where one chunk would have all rows."""
+        chunk = config.get("split", 0)
+        if chunk >= x.shape[1]:
+            chunk = 0
+        assert chunk % config["BT"] == 0, f"chunks of {chunk} steps in tiles of {config['BT']}"
+        return cls(x.shape[0], x.shape[1], None if cu_seqlens is None else cu_seqlens.contiguous(), chunk or None)
+
+    @property
+    def count(self) -> int:
+        return self.batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def pieces(self) -> int:
+        """Chunks of all sequences; where their lengths are unknown, no fewer than that. Sequences, if carried."""
+        if self.chunk is None:
+            return self.count
+        if self.cu_seqlens is None:
+            return self.batch * -(-self.length // self.chunk)
+        return self.length // self.chunk + self.count
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"cu_seqlens": self.cu_seqlens, "T": self.length, "N": self.count, "C": self.chunk}
+
+
+def compile_all(launches: Iterable[Launch], target: str) -> list[triton_aot.Compiled]:
+    return [launch.compile_for(target) for launch in launches]
