@@ -46,51 +46,91 @@ struct Backward {
 };
 
 // In the order in which native.py counts them.
-enum Activation { kIdentity, kSilu, kSigmoid };
+enum Activation : int64_t { kNone, kIdentity, kSilu, kSigmoid };
 
 template <class S>
 constexpr int kLanes = kVectorBytes / sizeof(S);
 
-// Columns i to i + W of n, zeros where there are no more.
+// How much of a vector there is: all of it, or so many lanes at the end of a head.
+struct Whole {};
+struct Part {
+    int64_t lanes;
+};
+
+// Calls f(i, Whole or Part) for the vectors of W columns that cover [0, n).
+template <int W, class F>
+INLINE void for_vectors(int64_t n, const F& f) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) f(i, Whole{});
+    if (i < n) f(i, Part{n - i});
+}
+
 template <int W, class T>
-INLINE Vec<StateOf<T>, W> at(const T* row, int64_t i, int64_t n) {
-    if (i + W <= n) return load<W>(row + i);
+INLINE Vec<StateOf<T>, W> get(const T* from, Whole) {
+    return load<W>(from);
+}
+
+// Zeros where there is nothing.
+template <int W, class T>
+INLINE Vec<StateOf<T>, W> get(const T* from, Part part) {
     alignas(kCacheLine) T some[W] = {};
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     if constexpr (W * sizeof(T) == 64 && sizeof(T) == 4) {
-        auto raw = _mm512_maskz_loadu_epi32((1u << (n - i)) - 1, row + i);
+        auto raw = _mm512_maskz_loadu_epi32((1u << part.lanes) - 1, from);
         std::memcpy(some, &raw, sizeof some);
         return load<W>(some);
     } else if constexpr (W * sizeof(T) == 32 && sizeof(T) == 2) {
-        auto raw = _mm256_maskz_loadu_epi16((1u << (n - i)) - 1, row + i);
+        auto raw = _mm256_maskz_loadu_epi16((1u << part.lanes) - 1, from);
         std::memcpy(some, &raw, sizeof some);
         return load<W>(some);
     }
 #endif
-    for (int64_t j = 0; j < n - i; ++j) some[j] = row[i + j];
+    for (int64_t j = 0; j < part.lanes; ++j) some[j] = from[j];
     return load<W>(some);
 }
 
 template <class T, class V>
-INLINE void put(T* row, int64_t i, int64_t n, V v) {
-    constexpr int W = lanes<V>;
-    if (i + W <= n) return store(row + i, v);
-    alignas(kCacheLine) T some[W];
+INLINE void put(T* to, V v, Whole) {
+    store(to, v);
+}
+
+template <class T, class V>
+INLINE void put(T* to, V v, Part part) {
+    alignas(kCacheLine) T some[lanes<V>];
     store(some, v);
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    if constexpr (W * sizeof(T) == 64 && sizeof(T) == 4)
-        return _mm512_mask_storeu_epi32(row + i, (1u << (n - i)) - 1, load_raw<__m512i>(some));
-    else if constexpr (W * sizeof(T) == 32 && sizeof(T) == 2)
-        return _mm256_mask_storeu_epi16(row + i, (1u << (n - i)) - 1, load_raw<__m256i>(some));
+    if constexpr (sizeof some == 64 && sizeof(T) == 4)
+        return _mm512_mask_storeu_epi32(to, (1u << part.lanes) - 1, load_raw<__m512i>(some));
+    else if constexpr (sizeof some == 32 && sizeof(T) == 2)
+        return _mm256_mask_storeu_epi16(to, (1u << part.lanes) - 1, load_raw<__m256i>(some));
 #endif
-    for (int64_t j = 0; j < n - i; ++j) row[i + j] = some[j];
+    for (int64_t j = 0; j < part.lanes; ++j) to[j] = some[j];
+}
+
+// 1 in the first n lanes, 0 in the others.
+template <int W, class S>
+INLINE Vec<S, W> ones(int64_t n) {
+    constexpr Vec<S, W> zero = {};
+    Vec<S, W> lane;
+    for (int i = 0; i < W; ++i) lane[i] = S(i);
+    return lane < S(n) ? zero + 1 : zero;
+}
+
+template <int W>
+constexpr int upper_lane(int i) {
+    return (i + W / 2) % W;
 }
 
 template <class V>
 INLINE auto sum(V v) {
-    auto total = v[0];
-    for (int i = 1; i < lanes<V>; ++i) total += v[i];
-    return total;
+    constexpr int W = lanes<V>;
+    constexpr std::make_integer_sequence<int, W> all;
+    // every lane comes to hold the sum of ever more of them
+    if constexpr (W >= 2) v += shuffle<upper_lane<W>>(v, all);
+    if constexpr (W >= 4) v += shuffle<upper_lane<W / 2>>(v, all);
+    if constexpr (W >= 8) v += shuffle<upper_lane<W / 4>>(v, all);
+    if constexpr (W >= 16) v += shuffle<upper_lane<W / 8>>(v, all);
+    return v[0];
 }
 
 // Rows of S that are aligned and as long as whole vectors.
@@ -110,22 +150,28 @@ struct Buffers {
     S* operator[](int64_t row) const { return first + row * stride; }
 };
 
-// act(gate) and, if there is a place for it, its derivative.
-template <class T, class S = StateOf<T>>
-OUTLINE void open(const T* gate, int64_t n, int64_t activation, S* opened, S* slope) {
-    constexpr int W = kLanes<S>;
-    constexpr Vec<S, W> zero = {};
-    for (int64_t i = 0; i < n; i += W) {
-        Vec<S, W> g = at<W>(gate, i, n), of_g, of_minus_g;
-        if (activation == kIdentity) {
-            store(opened + i, g);
-            if (slope) store(slope + i, zero + 1);
-            continue;
-        }
-        sigmoids<W, S>(g, of_g, of_minus_g);
-        store(opened + i, activation == kSilu ? g * of_g : of_g);
-        if (slope) store(slope + i, of_g * (activation == kSilu ? 1 + g * of_minus_g : of_minus_g));
+// act(g), and its derivative.
+template <Activation ACT, int W, class S>
+INLINE Vec<S, W> act(Vec<S, W> g, Vec<S, W>& slope) {
+    Vec<S, W> of_g, of_minus_g;
+    if constexpr (ACT == kIdentity) {
+        slope = Vec<S, W>{} + 1;
+        return g;
     }
+    sigmoids<W, S>(g, of_g, of_minus_g);
+    slope = of_g * (ACT == kSilu ? 1 + g * of_minus_g : of_minus_g);
+    return ACT == kSilu ? g * of_g : of_g;
+}
+
+// u = x act(gate), and act(gate) and its derivative if there is a place for them.
+template <Activation ACT, class T, class S>
+OUTLINE void gate_first(const T* x, const T* gate, int64_t n, S* u, S* opened, S* slope) {
+    constexpr int W = kLanes<S>;
+    for_vectors<W>(n, [&](int64_t i, auto part) INLINE_BODY {
+        Vec<S, W> slant, a = act<ACT, W, S>(get<W>(gate + i, part), slant);
+        store(u + i, get<W>(x + i, part) * a);
+        if (opened) store(opened + i, a), store(slope + i, slant);
+    });
 }
 
 template <class S>
@@ -133,28 +179,39 @@ struct Statistics {
     S mean, inverse;
 };
 
-// Widens a head into u, times `opened` if there is that, and takes its mean (0 if not centered) and 1 / deviation.
-template <class T, class S = StateOf<T>>
-OUTLINE Statistics<S> measure(const T* x, const S* opened, int64_t n, bool center, double eps, S* u) {
+// The mean of a head (0 if not centered) and 1 / its deviation. Every lane takes its numbers less its first one, which
+// loses no more digits than there are in their count; then lanes are put together.
+template <class E, class S = StateOf<E>>
+OUTLINE Statistics<S> measure(const E* u, int64_t n, bool center, double eps) {
     constexpr int W = kLanes<S>;
-    Vec<S, W> total = {}, squares = {};
-    int64_t i = 0;
-    for (; i < n; i += W) {
-        Vec<S, W> v = at<W>(x, i, n);
-        if (opened) v = v * load<W>(opened + i);
-        store(u + i, v);
-        total += v, squares += v * v;
-    }
+    constexpr Vec<S, W> zero = {};
+    Vec<S, W> squares = zero;
     S mean = 0;
-    if (center) {
-        mean = sum(total) / S(n);
-        // what is not there deviates by nothing
-        std::fill(u + n, u + i, mean);
-        squares = Vec<S, W>{};
-        for (i = 0; i < n; i += W) {
-            Vec<S, W> d = load<W>(u + i) - mean;
-            squares += d * d;
+    if (!center) {
+        for_vectors<W>(n, [&](int64_t i, auto part) INLINE_BODY {
+            Vec<S, W> v = get<W>(u + i, part);
+            squares += v * v;
+        });
+    } else if (n < W) {
+        Vec<S, W> v = get<W>(u, Part{n});
+        mean = sum(v) / S(n);
+        squares = (v - mean) * (v - mean) * ones<W, S>(n);
+    } else {
+        const Vec<S, W> first = load<W>(u);
+        const int64_t rows = n / W, whole = rows * W;
+        Vec<S, W> total = zero;
+        for (int64_t i = W; i < whole; i += W) {
+            Vec<S, W> d = load<W>(u + i) - first;
+            total += d, squares += d * d;
         }
+        Vec<S, W> count = zero + S(rows);
+        if (whole < n) {
+            Vec<S, W> there = ones<W, S>(n - whole), d = (get<W>(u + whole, Part{n - whole}) - first) * there;
+            total += d, squares += d * d, count += there;
+        }
+        Vec<S, W> shift = total / count, own = first + shift;
+        mean = sum(own * count) / S(n);
+        squares = squares - total * shift + count * (own - mean) * (own - mean);
     }
     return {mean, 1 / std::sqrt(sum(squares) / S(n) + S(eps))};
 }
@@ -175,7 +232,7 @@ struct Place {
         row = static_cast<T*>(place) + r * columns;
         out = around_cache ? buffer[0] : row;
     }
-    T* head(int64_t h, int64_t width) const { return out ? out + h * width : nullptr; }
+    T* head(int64_t column) const { return out ? out + column : nullptr; }
     void end() {
         if (row && around_cache) copy_around_cache(row, out, columns * sizeof(T));
     }
@@ -187,35 +244,43 @@ const T* row_of(const void* p, Strides s, const Problem& problem, int64_t r) {
     return static_cast<const T*>(p) + r / problem.length * s.batch + r % problem.length * s.row;
 }
 
-template <class T, class S>
-OUTLINE void forward_head(const S* u, const S* opened, const S* weight, const S* bias, Statistics<S> of, int64_t n, T* y) {
+// y of a head u, which is x, or x and its gate in the format of the sums.
+template <Activation ACT, class E, class T, class S = StateOf<T>>
+OUTLINE void forward_head(const E* u, const T* gate, const S* weight, const S* bias, Statistics<S> of, int64_t n, T* y) {
     constexpr int W = kLanes<S>;
-    for (int64_t i = 0; i < n; i += W) {
-        Vec<S, W> z = (load<W>(u + i) - of.mean) * of.inverse;
-        if (weight) z = z * at<W>(weight, i, n);
-        if (bias) z += at<W>(bias, i, n);
-        if (opened) z = z * load<W>(opened + i);
-        put(y, i, n, z);
-    }
+    for_vectors<W>(n, [&](int64_t i, auto part) INLINE_BODY {
+        Vec<S, W> z = (get<W>(u + i, part) - of.mean) * of.inverse, slope;
+        if (weight) z = z * get<W>(weight + i, part);
+        if (bias) z += get<W>(bias + i, part);
+        if constexpr (ACT != kNone) z = z * act<ACT, W, S>(get<W>(gate + i, part), slope);
+        put(y + i, z, part);
+    });
 }
 
-template <class T>
+template <Activation ACT, class T>
 void forward(const Forward& f) {
     using S = StateOf<T>;
     const Problem& p = f.problem;
+    const int64_t n = p.width;
     const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
     parallel_for(p.runs(), p.threads, [&](int64_t run) {
-        Buffers<S> buffers(2, p.width);
-        S *u = buffers[0], *opened = p.gate ? buffers[1] : nullptr;
+        Buffers<S> buffers(p.gate_first, n);
         Place<T> y(f.y, p.columns(), p.around_cache);
         for (int64_t r = run * p.run; r < std::min(p.rows(), (run + 1) * p.run); ++r) {
             const T *x = row_of<T>(p.x, p.x_strides, p, r), *gate = row_of<T>(p.gate, p.gate_strides, p, r);
             y.begin(f.y, r);
-            for (int64_t h = 0, c = 0; h < p.heads; ++h, c += p.width) {
-                if (gate) open(gate + c, p.width, p.activation, opened, static_cast<S*>(nullptr));
-                auto statistics = measure(x + c, p.gate_first ? opened : nullptr, p.width, p.center, p.eps, u);
-                forward_head(u, p.gate_first ? nullptr : opened, weight ? weight + c : nullptr,
-                             bias ? bias + c : nullptr, statistics, p.width, y.head(h, p.width));
+            for (int64_t h = 0, c = 0; h < p.heads; ++h, c += n) {
+                const S *w = weight ? weight + c : nullptr, *b = bias ? bias + c : nullptr;
+                T* out = y.head(c);
+                if constexpr (ACT != kNone) {
+                    if (p.gate_first) {
+                        S *u = buffers[0], *none = nullptr;
+                        gate_first<ACT>(x + c, gate + c, n, u, none, none);
+                        forward_head<kNone, S, T>(u, nullptr, w, b, measure(u, n, p.center, p.eps), n, out);
+                        continue;
+                    }
+                }
+                forward_head<ACT, T, T>(x + c, gate ? gate + c : nullptr, w, b, measure(x + c, n, p.center, p.eps), n, out);
             }
             y.end();
         }
@@ -223,48 +288,63 @@ void forward(const Forward& f) {
     });
 }
 
-// One head of the backward pass: rows in memory, and in the cache.
+// One head of the backward pass. Any pointer to a result or a parameter may be null.
 template <class T, class S>
 struct Head {
-    const T *x, *dy;
-    T *dx, *dgate;             // may be null
-    const S *weight, *bias;    // may be null
-    S *dweight, *dbias;        // sums, or null
-    S *u, *dn;                 // u, and n from then on
-    const S *opened, *slope;   // null without a gate
+    const T *x, *gate, *dy;
+    T *dx, *dgate;
+    const S *weight, *bias;
+    S *dweight, *dbias;                // sums
+    S *dn, *u, *opened, *slope;        // in the cache; the last three if the gate comes first
     Statistics<S> of;
     int64_t n;
+    bool center;
 };
 
-template <bool GATE_FIRST, class T, class S>
-OUTLINE void backward_head(const Head<T, S>& h, bool center) {
+// dn, the gradient of a gate that comes last, and the sums; then du as far as it is the same for all.
+template <Activation ACT, class E, class T, class S, class F>
+INLINE void backward_head(const Head<T, S>& h, const E* u, const F& write) {
     constexpr int W = kLanes<S>;
-    const bool gated = h.opened && !GATE_FIRST;
     Vec<S, W> along = {}, total = {};
-    for (int64_t i = 0; i < h.n; i += W) {
-        Vec<S, W> dy = at<W>(h.dy, i, h.n), n = (load<W>(h.u + i) - h.of.mean) * h.of.inverse, z = n;
-        Vec<S, W> dz = gated ? dy * load<W>(h.opened + i) : dy, dn = dz;
-        if (h.weight) {
-            Vec<S, W> weight = at<W>(h.weight, i, h.n);
-            dn = dz * weight, z = n * weight;
+    for_vectors<W>(h.n, [&](int64_t i, auto part) INLINE_BODY {
+        Vec<S, W> dz = get<W>(h.dy + i, part), n = (get<W>(u + i, part) - h.of.mean) * h.of.inverse, dn, weight;
+        if (h.weight) weight = get<W>(h.weight + i, part);
+        if constexpr (ACT != kNone) {
+            Vec<S, W> slope, opened = act<ACT, W, S>(get<W>(h.gate + i, part), slope);
+            if (h.dgate) {
+                Vec<S, W> z = h.weight ? n * weight : n;
+                if (h.bias) z += get<W>(h.bias + i, part);
+                put(h.dgate + i, dz * z * slope, part);
+            }
+            dz = dz * opened;
         }
-        if (gated && h.dgate) {
-            if (h.bias) z += at<W>(h.bias, i, h.n);
-            put(h.dgate, i, h.n, dy * z * load<W>(h.slope + i));
-        }
-        if (h.dweight) {
-            store(h.dweight + i, load<W>(h.dweight + i) + dz * n);
-            store(h.dbias + i, load<W>(h.dbias + i) + dz);
-        }
+        dn = h.weight ? dz * weight : dz;
+        if (h.dweight) store(h.dweight + i, load<W>(h.dweight + i) + dz * n);
+        if (h.dbias) store(h.dbias + i, load<W>(h.dbias + i) + dz);
         along += dn * n, total += dn;
-        store(h.u + i, n), store(h.dn + i, dn);
-    }
-    const S slant = sum(along) / S(h.n), shift = center ? sum(total) / S(h.n) : S(0);
-    for (int64_t i = 0; i < h.n; i += W) {
-        Vec<S, W> du = (load<W>(h.dn + i) - load<W>(h.u + i) * slant - shift) * h.of.inverse;
-        if (GATE_FIRST && h.dgate) put(h.dgate, i, h.n, du * at<W>(h.x, i, h.n) * load<W>(h.slope + i));
-        if (h.dx) put(h.dx, i, h.n, GATE_FIRST ? du * load<W>(h.opened + i) : du);
-    }
+        store(h.dn + i, dn);
+    });
+    const S inverse = h.of.inverse, slant = -inverse * inverse * (sum(along) / S(h.n));
+    const S mean = h.center ? sum(total) / S(h.n) : S(0);
+    for_vectors<W>(h.n, [&](int64_t i, auto part) INLINE_BODY {
+        write(i, part, (load<W>(h.dn + i) - mean) * inverse + (get<W>(u + i, part) - h.of.mean) * slant);
+    });
+}
+
+template <Activation ACT, class T, class S>
+OUTLINE void backward_gate_last(const Head<T, S>& h) {
+    backward_head<ACT>(h, h.x, [&](int64_t i, auto part, auto du) INLINE_BODY {
+        if (h.dx) put(h.dx + i, du, part);
+    });
+}
+
+template <class T, class S>
+OUTLINE void backward_gate_first(const Head<T, S>& h) {
+    constexpr int W = kLanes<S>;
+    backward_head<kNone>(h, h.u, [&](int64_t i, auto part, auto du) INLINE_BODY {
+        if (h.dgate) put(h.dgate + i, du * get<W>(h.x + i, part) * load<W>(h.slope + i), part);
+        if (h.dx) put(h.dx + i, du * load<W>(h.opened + i), part);
+    });
 }
 
 // Adds the sums of all runs, in double and in one order, whoever computed them.
@@ -285,47 +365,64 @@ void add_partials(const Backward& b) {
     });
 }
 
-template <class T>
+template <Activation ACT, class T>
 void backward(const Backward& b) {
     using S = StateOf<T>;
     const Problem& p = b.problem;
+    const int64_t n = p.width;
     const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
     parallel_for(p.runs(), p.threads, [&](int64_t run) {
-        Buffers<S> buffers(4, p.width), sums(b.partials ? 2 * p.heads : 0, p.width);
+        Buffers<S> buffers(p.gate_first ? 4 : 1, n), sums(b.partials ? 2 * p.heads : 0, n);
         if (b.partials) std::fill_n(sums[0], 2 * p.heads * sums.stride, S(0));
-        S *u = buffers[0], *opened = p.gate ? buffers[2] : nullptr, *slope = p.gate ? buffers[3] : nullptr;
         Place<T> dx(b.dx, p.columns(), p.around_cache), dgate(b.dgate, p.columns(), p.around_cache);
         for (int64_t r = run * p.run; r < std::min(p.rows(), (run + 1) * p.run); ++r) {
             const T *x = row_of<T>(p.x, p.x_strides, p, r), *gate = row_of<T>(p.gate, p.gate_strides, p, r);
             const T* dy = row_of<T>(b.dy, b.dy_strides, p, r);
             dx.begin(b.dx, r), dgate.begin(b.dgate, r);
-            for (int64_t h = 0, c = 0; h < p.heads; ++h, c += p.width) {
-                if (gate) open(gate + c, p.width, p.activation, opened, b.dgate ? slope : nullptr);
-                const bool first = gate && p.gate_first;
-                auto of = measure(x + c, first ? opened : nullptr, p.width, p.center, p.eps, u);
-                Head<T, S> head{
-                    x + c, dy + c, dx.head(h, p.width), dgate.head(h, p.width), weight ? weight + c : nullptr,
-                    bias ? bias + c : nullptr, b.partials ? sums[h] : nullptr,
-                    b.partials ? sums[p.heads + h] : nullptr, u, buffers[1], opened, slope, of, p.width};
-                first ? backward_head<true>(head, p.center) : backward_head<false>(head, p.center);
+            for (int64_t h = 0, c = 0; h < p.heads; ++h, c += n) {
+                Head<T, S> head{x + c, gate ? gate + c : nullptr, dy + c, dx.head(c), dgate.head(c),
+                                weight ? weight + c : nullptr, bias ? bias + c : nullptr,
+                                b.dweight ? sums[h] : nullptr, b.dbias ? sums[p.heads + h] : nullptr, buffers[0]};
+                head.n = n, head.center = p.center;
+                if constexpr (ACT != kNone) {
+                    if (p.gate_first) {
+                        head.u = buffers[1], head.opened = buffers[2], head.slope = buffers[3];
+                        gate_first<ACT>(head.x, head.gate, n, head.u, head.opened, head.slope);
+                        head.of = measure(head.u, n, p.center, p.eps);
+                        backward_gate_first(head);
+                        continue;
+                    }
+                }
+                head.of = measure(head.x, n, p.center, p.eps);
+                backward_gate_last<ACT>(head);
             }
             dx.end(), dgate.end();
         }
         S* to = static_cast<S*>(b.partials) + 2 * run * p.columns();
-        for (int64_t i = 0; b.partials && i < 2 * p.heads; ++i) std::copy_n(sums[i], p.width, to + i * p.width);
+        for (int64_t i = 0; b.partials && i < 2 * p.heads; ++i) std::copy_n(sums[i], n, to + i * n);
         finish_stores();
     });
     if (b.partials) add_partials<S>(b);
 }
 
-// Calls f with the format of x. native.py counts them in this order.
+// Calls f with the activation and the format of x. native.py counts them in this order.
+template <class T, class F>
+void with_activation(const Problem& p, const F& f) {
+    switch (p.activation) {
+        case kNone: return f.template operator()<kNone, T>();
+        case kIdentity: return f.template operator()<kIdentity, T>();
+        case kSilu: return f.template operator()<kSilu, T>();
+        case kSigmoid: return f.template operator()<kSigmoid, T>();
+    }
+}
+
 template <class F>
-void with_format(const Problem& p, const F& f) {
+void with_types(const Problem& p, const F& f) {
     switch (p.format) {
-        case 0: return f.template operator()<double>();
-        case 1: return f.template operator()<float>();
-        case 2: return f.template operator()<Half>();
-        case 3: return f.template operator()<BFloat16>();
+        case 0: return with_activation<double>(p, f);
+        case 1: return with_activation<float>(p, f);
+        case 2: return with_activation<Half>(p, f);
+        case 3: return with_activation<BFloat16>(p, f);
     }
 }
 
@@ -336,9 +433,9 @@ static_assert(sizeof(Forward) == 21 * 8 && sizeof(Backward) == 28 * 8, "native.p
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
 void gated_norm_forward(const Forward* p) {
-    with_format(p->problem, [&]<class T>() { forward<T>(*p); });
+    with_types(p->problem, [&]<Activation ACT, class T>() { forward<ACT, T>(*p); });
 }
 void gated_norm_backward(const Backward* p) {
-    with_format(p->problem, [&]<class T>() { backward<T>(*p); });
+    with_types(p->problem, [&]<Activation ACT, class T>() { backward<ACT, T>(*p); });
 }
 }

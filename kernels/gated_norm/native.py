@@ -21,7 +21,7 @@ from kernels.problem import Problem, state_dtype
 SOURCE = Path(__file__).with_suffix(".cpp")
 # in the order in which native.cpp counts them
 FORMATS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-ACTIVATIONS = {"identity": 0, "silu": 1, "sigmoid": 2}
+ACTIVATIONS = {"identity": 1, "silu": 2, "sigmoid": 3}
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
 # numbers that a thread takes at a time, forward
@@ -126,7 +126,7 @@ class _Given:
             *x.shape,
             center,
             0 if gate is None else ACTIVATIONS[activation],
-            gate_first,
+            gate_first and gate is not None,
             FORMATS[x.dtype],
             torch.get_num_threads() if numbers >= SERIAL_SIZE else 1,
             run,
