@@ -147,7 +147,7 @@ class Op:
 
     @cached_property
     def source(self) -> str:
-        """A hash of the op's source files and of what all native and Triton code shares: with other sources, rows are stale."""
+        """A hash of the op's sources and of what native and Triton code shares: with other sources, rows are stale."""
         folder = Path(importlib.util.find_spec(self.backends[0].module).origin).parent  # type: ignore[union-attr, arg-type]
         digest = hashlib.sha256()
         names = ("jit_cpp.py", "inductor.py", "triton_launch.py", "triton_rows.py")

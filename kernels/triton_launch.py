@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from kernels import triton_aot
-from kernels.problem import Problem
+from kernels.problem import Problem, state_dtype
 
 CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 # Of an H100, where there is no GPU to ask
@@ -150,6 +150,59 @@ class Sequences:
     @property
     def arguments(self) -> dict[str, Any]:
         return {"cu_seqlens": self.cu_seqlens, "T": self.length, "N": self.count, "C": self.chunk}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How kernels are launched on rows of `width` numbers of this dtype: one program for each piece and each block of
+    columns, which a warp has 32 threads for (AMD: 64)."""
+
+    width: int
+    pairs: bool
+    dtype: torch.dtype
+    sequences: Sequences
+    config: Mapping[str, int]
+    lanes: int
+
+    def launch(
+        self,
+        kernel: Any,
+        tensors: Mapping[str, Tensor | None],
+        distances: Mapping[str, int],
+        *,
+        per_sequence: bool = False,
+        **constants: Any,
+    ) -> Launch:
+        both, num_warps = two(self.pairs, self.dtype), self.config["num_warps"]
+        columns = num_warps * self.lanes * (2 if both else 1)
+        arguments: dict[str, Any] = {
+            **tensors,
+            **in_units(self.width, distances),
+            **self.sequences.arguments,
+            **constants,
+            "PAIRS": self.pairs,
+            "TWO": both,
+            "STATE": CONSTANTS[state_dtype(self.dtype)],
+            "BT": self.config["BT"],
+            "BD": columns,
+            "STAGES": stages(self.config, self.lanes),
+        }
+        pieces = self.sequences.count if per_sequence else self.sequences.pieces
+        return Launch(kernel, pieces * -(-self.width // columns), arguments, num_warps)
+
+    def batch_stride(self) -> int:
+        """Of contiguous rows."""
+        return 0 if self.sequences.batch == 1 else self.sequences.length * self.width
+
+
+def tiles(rows: int, num_warps: int, num_stages: int, sizes: Iterable[int]) -> dict[str, int]:
+    """A config for tiles of so many rows, if a thread's numbers of a row are 4 bytes, and fewer if they are wider.
+
+    sizes: those bytes, for each stream.
+    """
+    # A warp moves 512 bytes at a time, 16 to a thread: no tile may be smaller
+    sizes = list(sizes)
+    return {"BT": max(rows * 4 // max(sizes), 16 // min(sizes)), "num_warps": num_warps, "num_stages": num_stages}
 
 
 def compile_all(launches: Iterable[Launch], target: str) -> list[triton_aot.Compiled]:

@@ -119,6 +119,15 @@ def store_rows(place, rows, mask):
 
 
 @triton.jit
+def sigmoids(z):
+    # sigmoid(z) and sigmoid(-z), neither by a subtraction
+    e = tl.exp(-tl.abs(z))
+    larger = 1 / (1 + e)
+    smaller = e * larger
+    return tl.where(z < 0, smaller, larger), tl.where(z < 0, larger, smaller)
+
+
+@triton.jit
 def sequence_of(cu_seqlens, n, T):
     # Where sequence n begins, and its length
     if cu_seqlens is None:
@@ -147,6 +156,39 @@ def chunk_of(cu_seqlens, piece, T, N, C):
         n = low.to(tl.int64)
         first, length = sequence_of(cu_seqlens, n, T)
         return n, first, length, (piece - (first // C + n)) * C
+
+
+@triton.jit
+def share(cu_seqlens, piece, T, N, C, PIECES: tl.constexpr):
+    # The sequence, its first row, the steps from `begin` on that are this program's, how many, and how many there are
+    if C is None:
+        n = piece.to(tl.int64)
+        first, length = sequence_of(cu_seqlens, n, T)
+        return n, first, n * 0, length, length
+    elif PIECES:
+        # The rows are the chunks of packed sequences, whose last one nothing follows
+        n = piece.to(tl.int64)
+        first, length = sequence_of(cu_seqlens, n, T)
+        chunks = tl.maximum(tl.cdiv(length, C) - 1, 0)
+        return n, first // C + n, n * 0, chunks, chunks
+    else:
+        n, first, length, begin = chunk_of(cu_seqlens, piece, T, N, C)
+        return n, first, begin, tl.maximum(tl.minimum(length - begin, C), 0), length
+
+
+@triton.jit
+def first_state(
+    initial, entering, n, piece, begin, length, width, column, inside,
+    BD: tl.constexpr, STATE: tl.constexpr, PAIRS: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    # The state before step `begin`: that of the sequence, or what the chunk before leaves behind
+    state = constant(0.0, BD, STATE, PAIRS, TWO)
+    if initial is not None:
+        state = load_rows(initial + n * width + column, inside & (begin == 0), STATE, TWO)[0]
+    if entering is not None:
+        place = entering + (piece.to(tl.int64) - 1) * width + column
+        state = plus(state, load_rows(place, inside & (begin > 0) & (begin < length), STATE, TWO)[0])
+    return state
 
 
 @triton.jit

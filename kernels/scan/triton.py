@@ -8,7 +8,7 @@ TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,15 +19,14 @@ from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
 from kernels.scan.triton_kernels import scan_backward, scan_chunks, scan_forward
 from kernels.triton_launch import (
-    CONSTANTS,
     Launch,
+    Rows,
     Sequences,
     compile_all,
     distances,
-    in_units,
     lanes,
     missing,
-    stages,
+    tiles,
     two,
     with_splits,
 )
@@ -64,14 +63,8 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
         narrow, wide, other = (8, 1, 3), (8, 4, 3), (4, 1, 5)
     columns = problem.sizes["N"] * problem.sizes["D"] * (2 if pairs else 1)
     order = (wide, narrow, other) if columns >= MANY_COLUMNS else (narrow, wide, other)
-    found = {shape: _config(*shape, sizes) for shape in order}
+    found = {shape: tiles(*shape, sizes) for shape in order}
     return with_splits(list(found.values()), found[narrow], problem, columns=32 * numbers)
-
-
-def _config(rows: int, num_warps: int, num_stages: int, sizes: Sequence[int]) -> dict[str, int]:
-    """sizes: the bytes of a thread's numbers in a row of each stream."""
-    # A warp moves 512 bytes at a time, 16 to a thread: no tile may be smaller
-    return {"BT": max(rows * 4 // max(sizes), 16 // min(sizes)), "num_warps": num_warps, "num_stages": num_stages}
 
 
 def forward(
@@ -146,18 +139,17 @@ class _Given:
     def __init__(
         self, like: Tensor, cu_seqlens: Tensor | None, reverse: bool, config: Mapping[str, int], lanes: int
     ) -> None:
-        self.like, self.reverse, self.config, self.lanes = like, reverse, config, lanes
-        self.sequences = Sequences.of(like, cu_seqlens, config)
-        self.pairs, self.state = like.ndim == 4, state_dtype(like.dtype)
-        self.width = like.shape[2] * (2 if self.pairs else 1)
+        self.reverse, pairs = reverse, like.ndim == 4
+        width, sequences = like.shape[2] * (2 if pairs else 1), Sequences.of(like, cu_seqlens, config)
+        self.rows = Rows(width, pairs, like.dtype, sequences, config, lanes)
 
     def forward(self, a: Tensor, x: Tensor, initial: Tensor | None, h: Tensor, final: Tensor) -> list[Launch]:
         read: dict[str, Tensor | None] = {"a": side_by_side(a), "x": side_by_side(x)}
         initial = contiguous(initial)
-        launches, entering = self.chunks(read, initial, backward=False)
+        launches, entering = self.chunks(read, initial, x, backward=False)
         tensors = {**read, "initial": initial, "entering": entering, "h": h, "final": final}
-        rows = distances(read) | {"h_b": self.batch_stride(h)}
-        return [*launches, self.launch(scan_forward, tensors, rows, REVERSE=self.reverse, PIECES=False)]
+        strides = distances(read) | {"h_b": self.rows.batch_stride()}
+        return [*launches, self.rows.launch(scan_forward, tensors, strides, REVERSE=self.reverse, PIECES=False)]
 
     def backward(
         self,
@@ -172,81 +164,58 @@ class _Given:
     ) -> list[Launch]:
         read: dict[str, Tensor | None] = {"a": side_by_side(a), "dh": side_by_side(dh), "h": side_by_side(h)}
         dfinal = contiguous(dfinal)
-        launches, entering = self.chunks({"a": read["a"], "x": read["dh"]}, dfinal, backward=True)
+        launches, entering = self.chunks({"a": read["a"], "x": read["dh"]}, dfinal, h, backward=True)
         states = {"dfinal": dfinal, "entering": entering, "initial": contiguous(initial), "dinitial": dinitial}
         tensors = {**read, **states, "da": da, "dx": dx}
-        rows = distances(read) | {"out_b": self.batch_stride(h)}
-        return [*launches, self.launch(scan_backward, tensors, rows, REVERSE=self.reverse)]
+        strides = distances(read) | {"out_b": self.rows.batch_stride()}
+        return [*launches, self.rows.launch(scan_backward, tensors, strides, REVERSE=self.reverse)]
 
     def chunks(
-        self, read: Mapping[str, Tensor | None], first: Tensor | None, backward: bool
+        self, read: Mapping[str, Tensor | None], first: Tensor | None, like: Tensor, backward: bool
     ) -> tuple[list[Launch], Tensor | None]:
-        """The launches that make the state after every chunk that another one follows, and where they leave it. Nothing
-        where time is carried."""
-        sequences, chunk = self.sequences, self.sequences.chunk
-        if chunk is None:
+        """The launches that make the states between chunks, and where those are; nothing where time is carried."""
+        if self.rows.sequences.chunk is None:
             return [], None
-        # a walk against time meets its chunks from the last row on
-        up = self.reverse == backward
-        rows = 1 if sequences.cu_seqlens is not None else sequences.batch, -1, *self.like.shape[2:]
-        product, ending, after = (
-            self.like.new_empty((sequences.pieces, *self.like.shape[2:]), dtype=self.state) for _ in range(3)
-        )
-        made = {**read, "product": product, "ending": ending}
-        first_launch = self.launch(scan_chunks, made, distances(read), REVERSE=not up, BACKWARD=backward)
+        between = Between.of(self.rows, like)
+        made = {**read, "product": between.product, "ending": between.ending}
+        # A walk against time meets its chunks from the last row on
+        constants = {"REVERSE": self.reverse != backward, "BACKWARD": backward}
+        ends = self.rows.launch(scan_chunks, made, distances(read), **constants)
+        return [ends, between.launch(first)], between.after
 
-        steps = {"a": product.view(rows), "x": ending.view(rows)}
-        tensors = {**steps, "initial": first, "entering": None, "h": after, "final": None}
-        size = self.state.itemsize * (2 if self.pairs else 1)
-        config = _config(8, 1, 4, [size])
-        over = Sequences(sequences.batch, steps["a"].shape[1] - 1, None, None)
-        packed = sequences.cu_seqlens is not None
-        second = self.launch(
-            scan_forward,
-            tensors,
-            distances(steps) | {"h_b": self.batch_stride(steps["a"])},
-            config=config,
-            dtype=self.state,
-            sequences=sequences if packed else over,
-            programs=sequences.count,
-            REVERSE=False,
-            PIECES=packed,
-        )
-        return [first_launch, second], after
 
-    def batch_stride(self, contiguous: Tensor) -> int:
-        return 0 if contiguous.shape[0] == 1 else contiguous.shape[1] * self.width
+@dataclass(frozen=True)
+class Between:
+    """The states between chunks. Of each piece in the order of the walk: the product of its decays and its last state
+    when it starts from 0, both made elsewhere, and the state after it."""
 
-    def launch(
-        self,
-        kernel: Any,
-        tensors: Mapping[str, Tensor | None],
-        distances: Mapping[str, int],
-        *,
-        config: Mapping[str, int] | None = None,
-        dtype: torch.dtype | None = None,
-        sequences: Sequences | None = None,
-        programs: int | None = None,
-        **constants: bool,
-    ) -> Launch:
-        """A launch of so many programs for every block of columns; by default one for each piece, with the config."""
-        config, sequences = config or self.config, sequences or self.sequences
-        both = two(self.pairs, dtype or self.like.dtype)
-        columns = config["num_warps"] * self.lanes * (2 if both else 1)
-        arguments: dict[str, Any] = {
-            **tensors,
-            **in_units(self.width, distances),
-            **sequences.arguments,
-            **constants,
-            "PAIRS": self.pairs,
-            "TWO": both,
-            "STATE": CONSTANTS[self.state],
-            "BT": config["BT"],
-            "BD": columns,
-            "STAGES": stages(config, self.lanes),
+    product: Tensor
+    ending: Tensor
+    after: Tensor
+    rows: Rows
+
+    @classmethod
+    def of(cls, rows: Rows, like: Tensor) -> Between:
+        """Uninitialised, for pieces of sequences like this one."""
+        shape = rows.sequences.pieces, *like.shape[2:]
+        product, ending, after = (like.new_empty(shape, dtype=state_dtype(like.dtype)) for _ in range(3))
+        return cls(product, ending, after, rows)
+
+    def launch(self, first: Tensor | None) -> Launch:
+        """Scans over the pieces of each sequence but its last one, which nothing follows."""
+        sequences, packed = self.rows.sequences, self.rows.sequences.cu_seqlens is not None
+        batch = 1 if packed else sequences.batch
+        steps: dict[str, Tensor | None] = {
+            "a": self.product.view(batch, -1, *self.product.shape[1:]),
+            "x": self.ending.view(batch, -1, *self.ending.shape[1:]),
         }
-        programs = (sequences.pieces if programs is None else programs) * -(-self.width // columns)
-        return Launch(kernel, programs, arguments, config["num_warps"])
+        chunks = self.product.shape[0] // batch
+        over = sequences if packed else Sequences(batch, chunks - 1, None, None)
+        size = self.product.dtype.itemsize * (2 if self.rows.pairs else 1)
+        rows = replace(self.rows, dtype=self.product.dtype, sequences=over, config=tiles(8, 1, 4, [size]))
+        strides = distances(steps) | {"h_b": 0 if batch == 1 else chunks * rows.width}
+        tensors = {**steps, "initial": first, "entering": None, "h": self.after, "final": None}
+        return rows.launch(scan_forward, tensors, strides, per_sequence=True, REVERSE=False, PIECES=packed)
 
 
 def _sequence(problem: Problem) -> torch.dtype:

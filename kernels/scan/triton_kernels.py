@@ -26,50 +26,17 @@ import triton.language as tl
 
 from kernels.triton_rows import (
     choose,
-    chunk_of,
     columns_of,
     conjugate,
     constant,
+    first_state,
     load_rows,
     plus,
-    sequence_of,
+    share,
     store_rows,
     times,
     walk,
 )
-
-
-@triton.jit
-def share(cu_seqlens, piece, T, N, C, PIECES: tl.constexpr):
-    # The sequence, its first row, the steps from `begin` on that are this program's, how many, and how many there are
-    if C is None:
-        n = piece.to(tl.int64)
-        first, length = sequence_of(cu_seqlens, n, T)
-        return n, first, n * 0, length, length
-    elif PIECES:
-        # The rows are the chunks of packed sequences, whose last one nothing follows
-        n = piece.to(tl.int64)
-        first, length = sequence_of(cu_seqlens, n, T)
-        chunks = tl.maximum(tl.cdiv(length, C) - 1, 0)
-        return n, first // C + n, n * 0, chunks, chunks
-    else:
-        n, first, length, begin = chunk_of(cu_seqlens, piece, T, N, C)
-        return n, first, begin, tl.maximum(tl.minimum(length - begin, C), 0), length
-
-
-@triton.jit
-def first_state(
-    initial, entering, n, piece, begin, length, width, column, C, inside,
-    BD: tl.constexpr, STATE: tl.constexpr, PAIRS: tl.constexpr, TWO: tl.constexpr,
-):  # fmt: skip
-    # The state before step `begin`: that of the sequence, or what the chunk before leaves behind
-    state = constant(0.0, BD, STATE, PAIRS, TWO)
-    if initial is not None:
-        state = load_rows(initial + n * width + column, inside & (begin == 0), STATE, TWO)[0]
-    if entering is not None:
-        place = entering + (piece.to(tl.int64) - 1) * width + column
-        state = plus(state, load_rows(place, inside & (begin > 0) & (begin < length), STATE, TWO)[0])
-    return state
 
 
 @triton.jit(do_not_specialize=["T", "W", "N", "C", "a_b", "a_t", "x_b", "x_t", "h_b"])
@@ -88,7 +55,7 @@ def scan_forward(
     x, x_t = walk(x, n, row, x_b, x_t, offset, column, UNIT, not REVERSE)
     h, h_t = walk(h, n, row, h_b, W, offset, column, UNIT, not REVERSE)
 
-    state = first_state(initial, entering, n, piece, begin, length, width, column, C, inside, BD, STATE, PAIRS, TWO)
+    state = first_state(initial, entering, n, piece, begin, length, width, column, inside, BD, STATE, PAIRS, TWO)
     one = constant(1.0, BD, STATE, PAIRS, TWO)
     tiles = tl.cdiv(count, BT)
     for tile in tl.range(0, tiles, num_stages=STAGES):
@@ -173,7 +140,7 @@ def scan_backward(
     if dx is not None:
         dx, dx_t = walk(dx, n, row, out_b, W, offset, column, UNIT, REVERSE)
 
-    state = first_state(dfinal, entering, n, piece, begin, length, width, column, C, inside, BD, STATE, PAIRS, TWO)
+    state = first_state(dfinal, entering, n, piece, begin, length, width, column, inside, BD, STATE, PAIRS, TWO)
     if initial is not None:
         before_first = load_rows(initial + n * width + column, inside, STATE, TWO)[0]
     one = constant(1.0, BD, STATE, PAIRS, TWO)

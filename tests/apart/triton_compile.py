@@ -14,6 +14,7 @@ from kernels import triton_aot
 from kernels.problem import Problem
 from kernels.scan import triton as backend
 from kernels.scan.triton_kernels import scan_forward
+from kernels.triton_launch import CONSTANTS
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {
@@ -140,7 +141,7 @@ def test_spills_are_seen() -> None:
     posed = problem("forward", "float32", pairs=True)
     few = {name: torch.empty(8, device="meta") for name in ("a", "x", "h", "final")}
     numbers = dict.fromkeys(("T", "W", "N", "a_b", "a_t", "x_b", "x_t", "h_b"), 8)
-    constants = {"UNIT": 8, "REVERSE": False, "PAIRS": True, "TWO": True, "STATE": backend.CONSTANTS[torch.float32]}
+    constants = {"UNIT": 8, "REVERSE": False, "PAIRS": True, "TWO": True, "STATE": CONSTANTS[torch.float32]}
     constants |= {"BT": 32, "BD": 64, "STAGES": 2, "initial": None, "entering": None, "cu_seqlens": None}
     constants |= {"C": None, "PIECES": False}
     squeezed = triton_aot.compile_kernel(scan_forward, few | numbers | constants, "sm_90", num_warps=1, maxnreg=32)
