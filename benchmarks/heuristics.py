@@ -1,0 +1,173 @@
+"""What trusting the rule costs against measuring: `python benchmarks/heuristics.py`. Exit code 1 if a limit is missed.
+
+For every op, direction, dtype and length of the benchmarks' grid: what the rule chooses where nothing is measured, and
+what the tuner chooses (with a fresh table), both timed again afterwards beside every other candidate that was right, in
+one interleaved run. Both are compared with the fastest of that run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from test_ops import sizes_of
+
+import autotune
+from autotune.measure import Interleaved
+from autotune.record import candidate
+from autotune.search import GIVE_UP
+from kernels.agreement import draw, pose
+from kernels.catalogue import OPS
+from kernels.op import Op, Plan
+from kernels.problem import Problem
+from kernels.tuning import tune
+
+LENGTHS, DTYPES = (1, 512, 4096), ("float32", "bfloat16")
+ROUNDS = 9
+# The shares of a problem's time that the tuner and the timing afterwards get; the rest is for drawing tensors
+TUNING, AGAIN = 0.55, 0.3
+# Over the fastest: the rule's geometric mean and worst, the tuner's geometric mean
+LIMITS = (1.25, 2.0, 1.05)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One problem; rule, tuned: their times over the fastest candidate's, which is `best`, in seconds."""
+
+    problem: Problem
+    rule: float
+    tuned: float
+    best: float
+    names: tuple[str, str, str]
+
+    def __str__(self) -> str:
+        rule, tuned, best = self.names
+        what = f"{self.problem.op} {self.problem.direction} {self.problem.dtype_name} T={self.problem.sizes['T']}"
+        chosen = f"rule {self.rule:5.2f} × ({rule}), tuned {self.tuned:5.2f} × ({tuned})"
+        return f"{what:45} {chosen} of {1e3 * self.best:.3g} ms ({best})"
+
+
+def grid(ops: Sequence[str], lengths: Sequence[int], dtypes: Sequence[str]) -> list[tuple[Op, Problem]]:
+    """The ops take turns, so that a run that ends early has seen all of them."""
+    found = []
+    for length, dtype, direction, name in itertools.product(lengths, dtypes, ("forward", "backward"), ops):
+        op, facts = OPS[name], {"dtype": getattr(torch, dtype), "device": torch.device("cpu")}
+        found.append((op, pose(op, direction, sizes_of(op, length), **facts)))
+    return found
+
+
+def by_rule(op: Op, problem: Problem) -> Plan:
+    """What runs where nothing was measured."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        return op.choose(problem)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def cost(op: Op, problem: Problem, seconds: float, store: autotune.Store) -> Cost | None:
+    """None where the time was too short for the tuner to learn anything."""
+    rule = by_rule(op, problem)
+    tune(op, problem, seconds=TUNING * seconds, store=store)
+    known = {r.candidate: r for r, _, _ in autotune.listing(op.key(problem), op.source) if r.status == "ok"}
+    if not known:
+        return None
+    tuned = op.choose(problem)
+    limit = GIVE_UP * min(record.times[0] for record in known.values())
+    named = {candidate(plan.backend.name, plan.config): (plan.backend, plan.config) for plan in (rule, tuned)}
+    for backend, config in op.candidates(problem):
+        name = candidate(backend.name, config)
+        if name in known and known[name].times[0] <= limit:
+            named.setdefault(name, (backend, config))
+    inputs = draw(op, problem, by="auto")
+    with torch.no_grad():
+        run = Interleaved([inputs.call(backend, config) for backend, config in named.values()], give_up=GIVE_UP)
+        run.warm_up()
+        run.rounds(ROUNDS, AGAIN * seconds)
+    times = {name: timing.median for name, timing in zip(named, run.timings) if timing.rounds}
+    best = min(times, key=times.__getitem__, default=None)
+    first, second = (candidate(plan.backend.name, plan.config) for plan in (rule, tuned))
+    if best is None or first not in times or second not in times:
+        return None
+    names = tuple(" ".join([name, *(f"{k}={v}" for k, v in config)]) for name, config in (first, second, best))
+    return Cost(problem, times[first] / times[best], times[second] / times[best], times[best], names)  # type: ignore[arg-type]
+
+
+def warm_up(problems: Sequence[tuple[Op, Problem]]) -> None:
+    """Compiles what is compiled on first use, which takes as long as it takes."""
+    for op, problem in problems:
+        short = replace(problem, sizes={name: 2 if name in "TS" else size for name, size in problem.sizes.items()})
+        plan = by_rule(op, short)
+        with torch.no_grad():
+            draw(op, short).call(plan.backend, plan.config)()
+
+
+def costs(problems: Sequence[tuple[Op, Problem]], seconds: float) -> Iterator[Cost]:
+    deadline = time.perf_counter() + seconds
+    with tempfile.TemporaryDirectory() as folder, autotune.using(Path(folder) / "tuned.jsonl") as store:
+        for number, (op, problem) in enumerate(problems):
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                print(f"the time is over: {len(problems) - number} of {len(problems)} problems were left out")
+                return
+            found = cost(op, problem, left / (len(problems) - number), store)
+            if found is None:
+                print(f"{problem}: too little time to learn anything")
+            else:
+                yield found
+
+
+def summary(found: Sequence[Cost]) -> list[tuple[str, float, float | None]]:
+    """(what, value, limit) for the rule and the tuner."""
+    rule, tuned = [each.rule for each in found], [each.tuned for each in found]
+    return [
+        ("untuned, geometric mean", geometric_mean(rule), LIMITS[0]),
+        ("untuned, worst", max(rule), LIMITS[1]),
+        ("tuned, geometric mean", geometric_mean(tuned), LIMITS[2]),
+        ("tuned, worst", max(tuned), None),
+        ("what the rule costs against measuring, geometric mean", geometric_mean(rule) / geometric_mean(tuned), None),
+    ]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.5)
+    parser.add_argument("--op", action="append", choices=list(OPS), help="repeat it; by default all")
+    parser.add_argument("--length", action="append", type=int, help=f"repeat it; by default {LENGTHS}")
+    parser.add_argument("--dtype", action="append", help=f"repeat it; by default {DTYPES}")
+    given = parser.parse_args()
+    problems = grid(given.op or list(OPS), given.length or LENGTHS, given.dtype or DTYPES)
+    print(f"{autotune.fingerprint(torch.device('cpu'))}, torch {torch.__version__}, {len(problems)} problems")
+    warm_up(problems)
+    found = []
+    for each in costs(problems, 60 * given.minutes):
+        found.append(each)
+        print(each, flush=True)
+    if not found:
+        print("nothing was measured; give more --minutes")
+        return 1
+    missed = False
+    for what, value, limit in summary(found):
+        held = limit is None or value <= limit
+        missed |= not held
+        verdict = "" if limit is None else f" of {limit:.2f}: {'ok' if held else 'MISSED'}"
+        print(f"{what}: {value:.3f} ×{verdict}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
