@@ -187,6 +187,12 @@ struct Heads {
     }
 };
 
+// The columns of a tensor in such a format from number `first` on.
+inline Heads columns_from(Heads x, int64_t first, int64_t format) {
+    if (x.data) x.data = static_cast<const char*>(x.data) + first * (format == 0 ? 8 : format == 1 ? 4 : 2);
+    return x;
+}
+
 // A contiguous [B, T, heads, columns].
 inline Heads contiguous(const void* data, int64_t rows, int64_t heads, int64_t columns) {
     return {data, rows * heads * columns, heads * columns, columns};
@@ -243,16 +249,17 @@ void with_format(int64_t format, const F& f) {
 }
 
 // `factor` times a chunk's rows, in S: to [rows, width], zeros behind the columns. No tensor: all zeros. Prefetches the
-// rows of the next chunk.
+// rows of the next chunk, or of the next head: where heads take turns chunk by chunk, a page of memory is visited once.
 template <class S>
-OUTLINE void read_rows(Heads from, int64_t format, const Chunk& c, int64_t columns, S factor, S* to, int64_t width) {
+OUTLINE void read_rows(Heads from, int64_t format, const Chunk& c, int64_t columns, S factor, S* to, int64_t width,
+                       bool next_head = false) {
     if (from.data == nullptr) return std::memset(to, 0, c.rows * width * sizeof(S)), void();
     with_format<S>(format, [&]<class T>() {
         for (int64_t t = 0; t < c.rows; ++t, to += width) {
             const T* row = from.at<const T>(c.batch, c.first + t, c.head);
-            const T* later = row + c.rows * from.row;
+            const T* next = row + (next_head ? from.head : c.rows * from.row);
             for (int64_t i = 0; i < width; i += kLanes<S>) {
-                __builtin_prefetch(later + i);
+                __builtin_prefetch(next + i);
                 store(to + i, factor * load_some(row + i, columns - i));
             }
         }
@@ -286,19 +293,19 @@ OUTLINE void read_decays(Heads log_decay, bool per_key, const Chunk& c, int64_t 
     }
 }
 
-// A state [K, V] as [rows, width] with zeros behind its values and keys, and back. No state: all zeros.
+// `columns` columns of a state [keys, V] as [rows, width] with zeros behind them, and back. No state: all zeros.
 template <class S>
-OUTLINE void transpose_in(const S* from, int64_t K, int64_t V, S* to, int64_t rows, int64_t width) {
+OUTLINE void transpose_in(const S* from, int64_t keys, int64_t columns, int64_t V, S* to, int64_t rows, int64_t width) {
     std::memset(to, 0, rows * width * sizeof(S));
     if (from == nullptr) return;
-    for (int64_t v = 0; v < V; ++v)
-        for (int64_t k = 0; k < K; ++k) to[v * width + k] = from[k * V + v];
+    for (int64_t v = 0; v < columns; ++v)
+        for (int64_t k = 0; k < keys; ++k) to[v * width + k] = from[k * V + v];
 }
 
 template <class S>
-OUTLINE void transpose_out(const S* from, int64_t width, int64_t K, int64_t V, S* to) {
-    for (int64_t k = 0; k < K; ++k)
-        for (int64_t v = 0; v < V; ++v) to[k * V + v] = from[v * width + k];
+OUTLINE void transpose_out(const S* from, int64_t width, int64_t keys, int64_t columns, int64_t V, S* to) {
+    for (int64_t k = 0; k < keys; ++k)
+        for (int64_t v = 0; v < columns; ++v) to[k * V + v] = from[v * width + k];
 }
 
 // to[i] = the sum of from[part][i] over the parts, in double and in one order, whoever computed them.

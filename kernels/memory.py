@@ -38,7 +38,7 @@ def columns_together(x: Maybe) -> Maybe:
     return x if x is None or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def heads(x: Tensor | None) -> tuple[int, int, int, int]:
+def heads(x: Tensor | None) -> tuple[int, ...]:
     """x [B, T, H, D] with its columns together as matrix.h's Heads: address, and the strides of B, T and H."""
     return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 

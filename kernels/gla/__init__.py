@@ -120,6 +120,7 @@ OP = Op(
     backends=(
         Backend("naive", "kernels.gla.naive"),
         Backend("compiled", "kernels.gla.compiled"),
+        Backend("native", "kernels.gla.native", devices=("cpu",)),
         Backend("triton", "kernels.gla.triton", devices=("cuda",)),
         Backend("fla", "kernels.gla.fla", devices=("cuda",), foreign=True),
     ),
