@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kernels.problem import state_dtype
 from kernels.scan import scan
+from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
-from mixers.parts import LowerBounded, choice, norm
+from mixers.parts import LowerBounded, choice
 from mixers.registry import register
 
 
@@ -71,13 +72,14 @@ class HGRN(LowerBounded, SequenceMixer):
         if short_conv and bidirectional:
             raise ValueError("hgrn: short_conv looks back in time only; it cannot be combined with bidirectional=True")
         self.dim, self.width, self.complex = dim, dim * expand, complex
-        self.causal, self.gate_first, self.backend = not bidirectional, gate_first, backend
+        self.causal, self.backend = not bidirectional, backend
         numbers = self.width * (2 if complex else 1)
         self.i_proj = nn.Linear(dim, numbers, bias=bias)
         self.f_proj = nn.Linear(dim, self.width, bias=bias)
         self.g_proj = nn.Linear(dim, numbers, bias=bias)
         self.o_proj = nn.Linear(numbers, dim, bias=bias)
-        self.norm = _norm(norm, numbers)
+        center = choice("hgrn", "norm", norm, ("layer", "rms")) == "layer"
+        self.norm = GatedNorm(numbers, center=center, bias=center, gate_first=gate_first)
         if complex:
             theta = 10000.0 ** (-2 * torch.arange(self.width) / self.width)
             self.theta = nn.Parameter(theta.expand(1 if self.causal else 2, -1).clone())
@@ -112,9 +114,7 @@ class HGRN(LowerBounded, SequenceMixer):
             h = h + self.scan(decay, c, None, 1, cu_seqlens)[0]
         if self.complex:
             h = rearrange(h, "b t d pair -> b t (pair d)")
-        g = F.silu(g)
-        h = self.norm(h * g) if self.gate_first else self.norm(h) * g
-        return self.o_proj(h), after if self.causal else None
+        return self.o_proj(self.norm(h, g)), after if self.causal else None
 
     def gates(self, i: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         """λ [B, T, D] in float32 or wider, and the scan's input (1 − λ) SiLU(i) in i's dtype."""
@@ -135,10 +135,6 @@ class HGRN(LowerBounded, SequenceMixer):
             theta = self.theta[direction].to(decay.dtype)
             decay = torch.stack((decay * theta.cos(), decay * theta.sin()), -1)
         return scan(decay, c, h, reverse=direction == 1, cu_seqlens=cu_seqlens, backend=self.backend)
-
-
-def _norm(kind: str, numbers: int) -> nn.Module:
-    return norm(choice("hgrn", "norm", kind, ("layer", "rms")), numbers)
 
 
 def _convolve(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

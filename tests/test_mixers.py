@@ -154,7 +154,8 @@ def test_hgrn_is_the_papers_equation() -> None:
         decay = 0.25 + 0.75 * torch.sigmoid(layer.f_proj(x[0, t]))
         h = torch.polar(decay, layer.theta[0]) * h + (1 - decay) * c
         g = nn.functional.silu(layer.g_proj(x[0, t]))
-        rows.append(layer.o_proj(layer.norm(torch.cat([h.real, h.imag])) * g))
+        z = nn.functional.layer_norm(torch.cat([h.real, h.imag]), (8,), layer.norm.weight, layer.norm.bias)
+        rows.append(layer.o_proj(z * g))
     torch.testing.assert_close(layer(x)[0][0], torch.stack(rows))
 
 
@@ -223,7 +224,8 @@ def test_real_hgrn_agrees_with_flash_linear_attention() -> None:
     f = 0.3 + 0.7 * torch.sigmoid(layer.f_proj(x))
     i = nn.functional.silu(layer.i_proj(x)) * (1 - f)
     h, _ = naive.naive_recurrent_hgrn(i, f.log())
-    y = layer.o_proj(layer.norm(h) * nn.functional.silu(layer.g_proj(x)))
+    z = nn.functional.rms_norm(h, (8,), layer.norm.weight, 1e-5)
+    y = layer.o_proj(z * nn.functional.silu(layer.g_proj(x)))
     torch.testing.assert_close(layer(x)[0], y, rtol=1e-4, atol=1e-5)
 
 
