@@ -158,12 +158,16 @@ class Op:
 
     @cached_property
     def compiled_source(self) -> str:
-        """A hash of the source files that are compiled for GPUs, which predictions for GPUs depend on."""
+        """A hash of what is compiled for GPUs, which predictions for them depend on: the op's own source files, and the
+        shared ones that they name."""
         folder = Path(importlib.util.find_spec(self.backends[0].module).origin).parent  # type: ignore[union-attr, arg-type]
+        shared = [path for path in sorted(folder.parent.glob("triton_*.py")) if path.name != "triton_aot.py"]
+        files = {path: path.read_bytes() for path in sorted(folder.glob("triton*.py"))}
+        for _ in shared:
+            files |= {p: p.read_bytes() for p in shared if any(p.stem.encode() in text for text in files.values())}
         digest = hashlib.sha256()
-        for path in [*sorted(folder.glob("triton*.py")), *sorted(folder.parent.glob("triton_*.py"))]:
-            if path.name != "triton_aot.py":
-                digest.update(path.name.encode() + path.read_bytes())
+        for path, text in files.items():
+            digest.update(path.name.encode() + text)
         return digest.hexdigest()[:16]
 
     def backend(self, name: str) -> Backend:

@@ -24,7 +24,7 @@ from kernels.problem import Problem
 from mixers.commands import common
 
 # Whose problems the shipped tables have: every op that compiles for GPUs, in the forms that layers give it.
-MIXERS = ("hgrn", "mingru", "gated_deltanet", "gla", "mamba2")
+MIXERS = ("hgrn", "lru", "mingru", "rglru", "gated_deltanet", "gla", "mamba2")
 DIMS, BATCHES, LENGTHS = (1024, 2048), (1, 8), (512, 4096, 32768)
 DTYPES = (torch.bfloat16, torch.float32)
 # What static.md shows in full
