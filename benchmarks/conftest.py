@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sequence-mixers")
     group.addoption("--full", action="store_true", help="every length and dtype, calls of any duration, no time limit")
     group.addoption("--minutes", type=float, default=15.0, help="rows that have not begun by then are left out")
+    group.addoption("--peers", action="store_true", help="other libraries beside ours, where they are installed")
     group.addoption("--device", default=None, help="cpu, cuda, ...; by default the accelerator, if there is one")
 
 

@@ -1,0 +1,151 @@
+"""The scan beside other libraries' PyTorch paths on a CPU: `python benchmarks/peers.py`. Exit code 1 for a miss.
+
+Forward and backward, the same numbers for everybody, each in the layout of its own; what is compared is timed
+interleaved. `python -m pytest benchmarks --peers` has more ops and lengths, and rows for the speed pages.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from libraries import CASES, PEERS, Inputs, Peer
+from limits import Row, main, medians, trainer
+from torch import Tensor
+
+from kernels.agreement import draw, pose
+from kernels.catalogue import OPS
+from kernels.problem import Problem
+
+# Of 2 MiB and more a tensor
+SHAPES = ((1, 2048, 256), (4, 1024, 512), (2, 4096, 512), (8, 2048, 1024))
+# Ours takes at most this share of the fastest peer's time, and of everybody's in geometric mean.
+BEST, MEAN = 1 / 3, 1 / 10
+# Whoever takes longer for one call is not repeated.
+LONGEST = 6.0
+# A peer that gives something else is not compared: its largest error, in the result's scale.
+CLOSE = 0.1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed: a function of tensors."""
+
+    function: Callable[..., Tensor]
+    inputs: Sequence[Tensor]
+
+    def run(self, direction: str) -> Callable[[], object]:
+        if direction != "forward":
+            return trainer(self.function, *self.inputs)
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return self.function(*self.inputs)
+
+        return forward
+
+
+def posed(case: str, direction: str, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Problem:
+    """The op's problem, without an initial state."""
+    op, axes, facts = OPS[CASES[case].op], CASES[case].axes, CASES[case].facts
+    return pose(op, direction, {**sizes, **axes}, dtype=dtype, device=device, initial_state=False, **facts)
+
+
+def sampled(case: str, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Its tensors."""
+    problem = posed(case, "forward", sizes, dtype, device)
+    op = OPS[problem.op]
+    drawn = draw(op, problem)
+    return {arg.name: t for arg, t in zip(op.inputs, drawn.tensors) if t is not None}
+
+
+def ours(case: str, given: Inputs) -> Subject:
+    """Through the op, on the backend that it chooses."""
+    op = OPS[CASES[case].op]
+    defaults = {**op.options, **({"scale": given["k"].shape[-1] ** -0.5} if "scale" in op.options else {})}
+
+    def function(*tensors: Tensor) -> Tensor:
+        known = dict(zip(given, tensors))
+        return op(*(known.get(arg.name) for arg in op.inputs), None, *defaults.values(), "auto")[0]
+
+    return Subject(function, list(given.values()))
+
+
+def prepared(
+    peer: Peer, given: Inputs, direction: str, *, longest: float = LONGEST, generate: bool = True
+) -> Subject | str:
+    """The peer, called once or twice; or why it is not compared. generate: wait for those that generate code."""
+    length = next(iter(given.values())).shape[1]
+    if peer.compiles and not generate:
+        return "code is generated for a minute or more"
+    if length % peer.multiple:
+        return f"takes multiples of {peer.multiple} rows"
+    try:
+        function, inputs, back = peer.prepare(given)
+        if length > 256 and not peer.compiles:
+            few = {name: t[:, :256] if t.ndim > 2 and t.shape[1] == length else t for name, t in given.items()}
+            seconds = once(Subject(*peer.prepare(few)[:2]).run(direction)) * length / 256
+            if seconds > longest:
+                return f"one call takes {seconds:.0f} s or more"
+        subject = Subject(function, inputs)
+        run = subject.run(direction)
+        result, expected = back(subject.run("forward")()), ours_of(peer, given)  # type: ignore[arg-type]
+        error = float((result - expected).abs().max() / expected.abs().max())
+        if not error <= CLOSE:
+            return f"gives something else: off by {error:.2g} of the result's scale"
+        seconds = once(run)
+        if seconds > longest and not peer.compiles:
+            return f"one call takes {seconds:.0f} s"
+    except ImportError as error:
+        return f"not installed ({error})"
+    except Exception as error:
+        return f"fails here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return subject
+
+
+def ours_of(peer: Peer, given: Inputs) -> Tensor:
+    result = ours(peer.case, given).run("forward")()
+    assert isinstance(result, Tensor)
+    return result
+
+
+def once(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def ratios(rounds: int) -> Iterator[Row]:
+    """Ours over the fastest peer at each shape, and over everybody at all of them."""
+    logarithms = []
+    for number, (B, T, D) in enumerate(SHAPES):
+        shape = f"[{B}, {T}, {D}] float32"
+        given = sampled("scan", {"B": B, "T": T, "D": D}, torch.float32, torch.device("cpu"))
+        found: dict[str, Subject] = {}
+        for peer in (peer for peer in PEERS if peer.case == "scan"):
+            # at one shape those that generate code are enough of a wait
+            subject = prepared(peer, given, "forward+backward", generate=number == 0)
+            if isinstance(subject, str):
+                print(f"        {peer.name} is left out at {shape}: {subject}", flush=True)
+            else:
+                found[peer.name] = subject
+        if not found:
+            continue
+        runs = [subject.run("forward+backward") for subject in (ours("scan", given), *found.values())]
+        own, *others = medians(runs, max(3, rounds // (1 + number)))
+        times = dict(zip(found, others))
+        logarithms += [math.log(own / seconds) for seconds in others]
+        detail = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in sorted(times.items(), key=lambda t: t[1]))
+        yield Row(f"scan forward + backward / the fastest peer, {shape}", own / min(others), BEST, "×",
+                  f"ours {own * 1e3:.2f} ms, {detail}")  # fmt: skip
+    if logarithms:
+        mean = math.exp(sum(logarithms) / len(logarithms))
+        yield Row("the same, geometric mean over peers and shapes", mean, MEAN, "×", f"{len(logarithms)} ratios")
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, (ratios,)))
