@@ -43,5 +43,11 @@ def heads(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
+def heads_side_by_side(x: Tensor) -> Tensor:
+    """x [B, T, H, V] if the numbers of each row lie side by side, else a copy; batch and time may have any strides."""
+    heads, width = x.shape[2:]
+    return x if x.stride(3) == 1 and (heads == 1 or x.stride(2) == width) else x.contiguous()
+
+
 def contiguous(x: Maybe) -> Maybe:
     return x if x is None else x.contiguous()

@@ -42,8 +42,8 @@ def gated_norm(
         activation: of the gate: "identity", "silu", "sigmoid", "gelu", "relu" or "tanh".
         gate_first: the gate comes before the norm, as in Mamba-2.
         eps: added to the mean square.
-        backend: "auto" (the tuned choice, else the last listed that can run) or "naive", "native"; a named backend
-            never falls back.
+        backend: "auto" (the tuned choice, else the last listed that can run) or "naive", "native", "triton"; a named
+            backend never falls back.
 
     Returns:
         y in x's shape and dtype, contiguous. All is computed in float32, for float64 x in float64, and rounded once.
@@ -142,6 +142,7 @@ OP = Op(
     backends=(
         Backend("naive", "kernels.gated_norm.naive"),
         Backend("native", "kernels.gated_norm.native", devices=("cpu",)),
+        Backend("triton", "kernels.gated_norm.triton", devices=("cuda",)),
     ),
     sample=_sample,
     cost=_cost,

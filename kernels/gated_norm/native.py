@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import address
+from kernels.memory import address, heads_side_by_side
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -82,7 +82,7 @@ def backward(
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dgate, dweight, dbias), each like its input, or None where `needs` says so or there is no such input."""
-    dy = _rows(torch.zeros_like(x) if dy is None else dy)
+    dy = heads_side_by_side(torch.zeros_like(x) if dy is None else dy)
     given = _Given(x, gate, weight, bias)
     rows, wide = x.shape[0] * x.shape[1], state_dtype(x.dtype)
     # few enough that rounded sums stay short, and enough for many threads
@@ -112,7 +112,7 @@ class _Given:
 
     def __init__(self, x: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
         wide = state_dtype(x.dtype)
-        self.x, self.gate = _rows(x), None if gate is None else _rows(gate)
+        self.x, self.gate = heads_side_by_side(x), None if gate is None else heads_side_by_side(gate)
         self.weight = None if weight is None else weight.to(wide).contiguous()
         self.bias = None if bias is None else bias.to(wide).contiguous()
 
@@ -139,11 +139,6 @@ class _Given:
             address(self.weight),
             address(self.bias),
         )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [B, T, H, V] if the numbers of each row lie side by side, else a copy; batch and time may have any strides."""
-    return x if x.stride(3) == 1 and (x.stride(2) == x.shape[3] or x.shape[2] == 1) else x.contiguous()
 
 
 @functools.cache
