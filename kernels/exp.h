@@ -36,19 +36,34 @@ INLINE Vec<S, W> times_power_of_two(Vec<S, W> p, Vec<S, W> n, Vec<S, W> shifted)
     }
 }
 
-// x between two bounds; a NaN stays one.
+// x or a bound; a NaN stays one. One instruction where there is one for it, in place of two.
 template <int W, class S>
-INLINE Vec<S, W> between(S least, Vec<S, W> x, S most) {
+INLINE Vec<S, W> at_least(Vec<S, W> x, S least) {
 #if defined(__AVX512F__)
-    // one instruction each, where the comparisons below are two
     if constexpr (sizeof(x) == 64 && sizeof(S) == 4)
-        return (Vec<S, W>)_mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(least), (__m512)x));
+        return (Vec<S, W>)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
     else if constexpr (sizeof(x) == 64)
-        return (Vec<S, W>)_mm512_min_pd(_mm512_set1_pd(most), _mm512_max_pd(_mm512_set1_pd(least), (__m512d)x));
+        return (Vec<S, W>)_mm512_max_pd(_mm512_set1_pd(least), (__m512d)x);
 #endif
     constexpr Vec<S, W> zero = {};
-    x = x < least ? zero + least : x;
+    return x < least ? zero + least : x;
+}
+
+template <int W, class S>
+INLINE Vec<S, W> at_most(Vec<S, W> x, S most) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(x) == 64 && sizeof(S) == 4)
+        return (Vec<S, W>)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
+    else if constexpr (sizeof(x) == 64)
+        return (Vec<S, W>)_mm512_min_pd(_mm512_set1_pd(most), (__m512d)x);
+#endif
+    constexpr Vec<S, W> zero = {};
     return x > most ? zero + most : x;
+}
+
+template <int W, class S>
+INLINE Vec<S, W> between(S least, Vec<S, W> x, S most) {
+    return at_most<W, S>(at_least<W, S>(x, least), most);
 }
 
 // x = n ln 2 + r with an integer n, and exp(r) = 1 + r + r^2 series; `shifted` has n in its last bits.

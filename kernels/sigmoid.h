@@ -15,10 +15,41 @@ INLINE Vec<S, W> inverse(Vec<S, W> x) {
     return 1 / x;
 }
 
-// sigmoid(z) and 1 - sigmoid(z) = sigmoid(-z), neither by a subtraction.
+// exp(x) for |x| <= 87 (float) or 708 (double), in float to within 3 units in the last place: beside 1 no more is seen.
+template <int W, class S>
+INLINE Vec<S, W> exponential_beside_one(Vec<S, W> x) {
+    if constexpr (std::is_same_v<S, float>) {
+        // the polynomial with the least relative error, 1.1e-7
+        constexpr float magic = 12582912, c[] = {0.49999231f, 0.16667114f, 0.041890122f, 0.0083125243f};
+        Vec<S, W> shifted = x * 1.44269504f + magic, n = shifted - magic, r = x - n * 0.693147181f;
+        Vec<S, W> p = r * c[3] + c[2];
+        p = p * r + c[1];
+        p = p * r + c[0];
+        p = p * r + 1;
+        return times_power_of_two<W, S>(p * r + 1, n, shifted);
+    } else {
+        return exponential_within<W, S>(x);
+    }
+}
+
+// Beyond this in size sigmoids are as good as 0 and 1.
+template <class S>
+constexpr S kSaturated = sizeof(S) == 8 ? 708 : 87;
+
+// sigmoid(z) and 1 - sigmoid(z) = sigmoid(-z), neither by a subtraction; never less than at kSaturated.
+template <int W, class S>
+INLINE void open_sigmoids(Vec<S, W> z, Vec<S, W>& of_z, Vec<S, W>& of_minus_z) {
+    Vec<S, W> e = exponential_beside_one<W, S>(-between<W, S>(-kSaturated<S>, z, kSaturated<S>));
+    of_z = inverse<W, S>(1 + e);
+    of_minus_z = e * of_z;
+}
+
+// The same; 0 where that is no normal number.
 template <int W, class S>
 INLINE void sigmoids(Vec<S, W> z, Vec<S, W>& of_z, Vec<S, W>& of_minus_z) {
-    Vec<S, W> e = exponential<W, S>(z < 0 ? z : -z), larger = inverse<W, S>(1 + e), smaller = e * larger;
-    of_z = z < 0 ? smaller : larger;
-    of_minus_z = z < 0 ? larger : smaller;
+    constexpr S most = kSaturated<S>;
+    constexpr Vec<S, W> zero = {};
+    open_sigmoids<W, S>(z, of_z, of_minus_z);
+    of_minus_z = z > most ? zero : of_minus_z;
+    of_z = z < -most ? zero : of_z;
 }

@@ -79,9 +79,17 @@ INLINE Vec<float, W> from_bfloat16(Vec<uint16_t, W> v) {
     return bits_as<Vec<float, W>>(widen<W>(v) << 16);
 }
 
-// To nearest, ties to even; a NaN stays a NaN. (VCVTNEPS2BF16 would flush denormals.)
+// To nearest, ties to even; a NaN stays a NaN.
 template <int W>
 INLINE Vec<uint16_t, W> to_bfloat16(Vec<float, W> v) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    if constexpr (W == 16) {
+        // the instruction takes denormals for zeros
+        __m512 x = bits_as<__m512>(v);
+        if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) == 0, 1))
+            return bits_as<Vec<uint16_t, W>>(_mm512_cvtneps_pbh(x));
+    }
+#endif
     auto u = bits_as<Vec<uint32_t, W>>(v);
     Vec<uint32_t, W> rounded = u + 0x7fff + ((u >> 16) & 1);
     Vec<uint32_t, W> quiet = u | 0x400000;

@@ -26,17 +26,19 @@ INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x, Vec<S, W>& derivative) {
     Vec<S, W> p, q;
     switch (KIND == KNOWN_LATER ? kind : KIND) {
         case SILU:
-            sigmoids<W, S>(x, p, q);
-            derivative = p * (1 + x * q);
+            // x p and x q go to 0 although p and q do not
+            x = at_least<W, S>(x, -kSaturated<S>);
+            open_sigmoids<W, S>(x, p, q);
+            derivative = p * (1 + at_most<W, S>(x, kSaturated<S>) * q);
             return x * p;
         case TANH:
             return hyperbolic_tangent<W, S>(x, derivative);
         case SIGMOID:
-            sigmoids<W, S>(x, p, q);
+            open_sigmoids<W, S>(x, p, q);
             derivative = p * q;
             return p;
         case POSITIVE:
-            sigmoids<W, S>(x, p, q);
+            open_sigmoids<W, S>(x, p, q);
             derivative = x >= 0 ? zero + 1 : p * q;
             return x >= 0 ? x + S(0.5) : p;
         default:

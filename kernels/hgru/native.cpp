@@ -46,7 +46,11 @@ INLINE Channels<StateOf<T>, PAIRS, W> read(const T* row, int64_t c) {
     using S = StateOf<T>;
     if constexpr (!PAIRS) return {load<W>(row + c), Vec<S, W>{}};
     else if constexpr (W == 1) return {load<1>(row + 2 * c), load<1>(row + 2 * c + 1)};
-    else {
+    else if constexpr (std::is_same_v<T, BFloat16>) {
+        // a pair is the high half of two floats
+        auto both = load_raw<Vec<uint32_t, W>>(row + 2 * c);
+        return {bits_as<Vec<float, W>>(both << 16), bits_as<Vec<float, W>>(both & 0xffff0000)};
+    } else {
         Vec<S, W> low = load<W>(row + 2 * c), high = load<W>(row + 2 * c + W);
         return [&]<int... I>(std::integer_sequence<int, I...>) INLINE_BODY {
             return Channels<S, PAIRS, W>{__builtin_shufflevector(low, high, even_lane(I)...),
@@ -139,34 +143,58 @@ Tile numbers(Tile t) {
     return t;
 }
 
+// What is the same in every row of a tile: the bound, what it leaves to the gate, and the rotation.
+template <class S>
+struct Constants {
+    const S *lower, *cos, *sin;
+    alignas(kCacheLine) S upper[kStateBytes / sizeof(S)];
+
+    OUTLINE Constants(const Given& g, const Tile& t)
+        : lower(of_channels<S>(g.lower_bound, t)), cos(of_channels<S>(g.cos, t)), sin(of_channels<S>(g.sin, t)) {
+        for (int64_t c = 0; c < t.columns; ++c) upper[c] = 1 - lower[c];
+    }
+};
+
+template <bool PAIRS>
+constexpr int64_t parts = PAIRS ? 2 : 1;
+
+template <bool PAIRS>
+Strides packed(Strides s) {
+    return {s.batch * parts<PAIRS>, s.row * parts<PAIRS>};
+}
+
+// Fetches what is read or written next to a vector's W channels, some rows ahead.
+template <bool PAIRS, int W, class R>
+INLINE void prefetch(const R& rows, int64_t c) {
+    rows.prefetch(c * parts<PAIRS>);
+    if constexpr (PAIRS) rows.prefetch(2 * c + W);
+}
+
 template <class T, bool PAIRS, Kind KIND, int W>
 void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
     using S = StateOf<T>;
-    constexpr int64_t parts = PAIRS ? 2 : 1;
+    using V = Vec<S, W>;
     const Given& g = p.given;
     const bool backwards = g.sequences.reverse;
     const int64_t n = t.columns, kind = g.kind;
-    const Strides packed = tiling.contiguous();
-    Rows<T> i(g.i, g.i_strides, numbers<PAIRS>(t), backwards), f(g.f, g.f_strides, t, backwards);
-    Output<T> h(p.h, {packed.batch * parts, packed.row * parts}, numbers<PAIRS>(t), backwards, tiling.around_cache());
-    const S *lower_bound = of_channels<S>(g.lower_bound, t), *cos = of_channels<S>(g.cos, t),
-            *sin = of_channels<S>(g.sin, t);
+    const Tile wide = numbers<PAIRS>(t);
+    Rows<T> i(g.i, g.i_strides, wide, backwards), f(g.f, g.f_strides, t, backwards);
+    Output<T> h(p.h, packed<PAIRS>(tiling.contiguous()), wide, backwards, tiling.around_cache());
+    const Constants<S> constant(g, t);
     State<S, PAIRS> state;
-    state.template enter<W>(part<S>(g.initial_state, parts, t, g.sequences), n);
-    for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(n * parts)) {
+    state.template enter<W>(part<S>(g.initial_state, parts<PAIRS>, t, g.sequences), n);
+    for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(wide.columns)) {
         for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
-            f.prefetch(c), i.prefetch(c * parts), h.prefetch(c * parts);
-            if constexpr (PAIRS) i.prefetch(2 * c + W), h.prefetch(2 * c + W);
-            Vec<S, W> sigmoid, rest, unused;
-            sigmoids<W, S>(load<W>(f.row + c), sigmoid, rest);
-            Vec<S, W> lower = load<W>(lower_bound + c), upper = 1 - lower;
-            Vec<S, W> decay = upper * sigmoid + lower, share = upper * rest;
+            f.prefetch(c), prefetch<PAIRS, W>(i, c), prefetch<PAIRS, W>(h, c);
+            V gate, rest, unused, upper = load<W>(constant.upper + c);
+            open_sigmoids<W, S>(load<W>(f.row + c), gate, rest);
+            V decay = upper * gate + load<W>(constant.lower + c), share = upper * rest;
             auto x = read<PAIRS, W>(i.row, c);
             auto s = state.template get<W>(slot);
             x.re = share * activated<KIND, W, S>(kind, x.re, unused);
             if constexpr (PAIRS) {
                 x.im = share * activated<KIND, W, S>(kind, x.im, unused);
-                Vec<S, W> re = decay * load<W>(cos + c), im = decay * load<W>(sin + c);
+                V re = decay * load<W>(constant.cos + c), im = decay * load<W>(constant.sin + c);
                 x.re = re * s.re + (x.re - im * s.im);
                 x.im = re * s.im + (x.im + im * s.re);
             } else {
@@ -176,91 +204,104 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
             write<PAIRS, W>(h.row, c, x);
         });
     }
-    state.template leave<W>(part<S>(p.final_state, parts, t, g.sequences), n);
+    state.template leave<W>(part<S>(p.final_state, parts<PAIRS>, t, g.sequences), n);
+}
+
+// A walk against time: its rows, what is carried from one to the one before it, and what is added up.
+template <class T, bool PAIRS>
+struct Gradient {
+    using S = StateOf<T>;
+    const bool backwards;
+    const int64_t kind;
+    const Tile wide;
+    Rows<T> i, f, dh, before;
+    Output<T> di, df;
+    const Constants<S> constant;
+    // conj(decay[t+1]) dh[t+1], where dh is the whole gradient of a row
+    State<S, PAIRS> carry;
+    Sum<S> dlower_bound, dtheta;
+
+    Gradient(const Backward& p, const Tiling<S>& tiling, const Tile& t, bool around)
+        : backwards(!p.given.sequences.reverse), kind(p.given.kind), wide(numbers<PAIRS>(t)),
+          i(p.given.i, p.given.i_strides, wide, backwards), f(p.given.f, p.given.f_strides, t, backwards),
+          dh(p.dh, p.dh_strides, wide, backwards), before(p.h, p.h_strides, wide, backwards),
+          di(p.di, packed<PAIRS>(tiling.contiguous()), wide, backwards, around),
+          df(p.df, tiling.contiguous(), t, backwards, around), constant(p.given, t) {}
+};
+
+// One row, with h[t-1] in its own format or in that of states.
+template <Kind KIND, int W, class T, bool PAIRS, class H>
+OUTLINE void backward_row(Gradient<T, PAIRS>& g, int64_t n, const H* h_before) {
+    using S = StateOf<T>;
+    using V = Vec<S, W>;
+    for_vectors<W>(n, g.backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+        g.f.prefetch(c), g.df.prefetch(c), prefetch<PAIRS, W>(g.i, c), prefetch<PAIRS, W>(g.dh, c);
+        prefetch<PAIRS, W>(g.before, c), prefetch<PAIRS, W>(g.di, c);
+        V gate, rest, slope_re, slope_im, upper = load<W>(g.constant.upper + c);
+        open_sigmoids<W, S>(load<W>(g.f.row + c), gate, rest);
+        V decay = upper * gate + load<W>(g.constant.lower + c), share = upper * rest, ddecay;
+        auto x = read<PAIRS, W>(g.i.row, c), d = read<PAIRS, W>(g.dh.row, c), h = read<PAIRS, W>(h_before, c);
+        auto later = g.carry.template get<W>(slot);
+        x.re = activated<KIND, W, S>(g.kind, x.re, slope_re);
+        d.re += later.re;
+        if constexpr (PAIRS) {
+            x.im = activated<KIND, W, S>(g.kind, x.im, slope_im);
+            d.im += later.im;
+            V cos = load<W>(g.constant.cos + c), sin = load<W>(g.constant.sin + c);
+            // e^{i theta} h[t-1] and e^{-i theta} dh; one product a statement leaves no choice in what is fused
+            V re = cos * h.re, im = cos * h.im;
+            re -= sin * h.im;
+            im += sin * h.re;
+            later.re = cos * d.re;
+            later.im = cos * d.im;
+            later.re += sin * d.im;
+            later.im -= sin * d.re;
+            if (g.dtheta.needed) {
+                V turn = re * d.im;
+                turn -= im * d.re;
+                g.dtheta.add(slot, decay * turn);
+            }
+            ddecay = d.re * (re - x.re);
+            ddecay += d.im * (im - x.im);
+            later.re *= decay;
+            later.im *= decay;
+            x.im = share * slope_im * d.im;
+        } else {
+            ddecay = d.re * (h.re - x.re);
+            later.re = decay * d.re;
+        }
+        x.re = share * slope_re * d.re;
+        g.carry.template set<W>(slot, later);
+        write<PAIRS, W>(g.di.row, c, x);
+        store(g.df.row + c, ddecay * (share * gate));
+        if (g.dlower_bound.needed) g.dlower_bound.add(slot, ddecay * rest);
+    });
+    g.di.next(g.wide.columns);
+    g.df.next(n);
+    g.i.next(), g.f.next(), g.dh.next();
 }
 
 template <class T, bool PAIRS, Kind KIND, int W>
 void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
     using S = StateOf<T>;
-    constexpr int64_t parts = PAIRS ? 2 : 1;
-    const Given& g = p.given;
-    const bool backwards = !g.sequences.reverse, around = tiling.around_cache();
-    const int64_t n = t.columns, kind = g.kind;
-    const Strides packed = tiling.contiguous(), packed_numbers = {packed.batch * parts, packed.row * parts};
-    const Tile wide = numbers<PAIRS>(t);
-    Rows<T> i(g.i, g.i_strides, wide, backwards), f(g.f, g.f_strides, t, backwards);
-    Rows<T> dh(p.dh, p.dh_strides, wide, backwards), before(p.h, p.h_strides, wide, backwards);
-    Output<T> di(p.di, packed_numbers, wide, backwards, around), df(p.df, packed, t, backwards, around);
-    const S *lower_bound = of_channels<S>(g.lower_bound, t), *cos = of_channels<S>(g.cos, t),
-            *sin = of_channels<S>(g.sin, t);
-    Sum<S> dlower_bound, dtheta;
-    dlower_bound.template start<W>(p.dlower_bound, n);
-    dtheta.template start<W>(PAIRS ? p.dtheta : nullptr, n);
-    // conj(decay[t+1]) dh[t+1], where dh is the whole gradient of a row
-    State<S, PAIRS> carry;
-    carry.template enter<W>(part<S>(p.dfinal_state, parts, t, g.sequences), n);
-
-    auto row = [&](auto* h_before) INLINE_BODY {
-        for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
-            f.prefetch(c), df.prefetch(c);
-            for (int64_t part = 0; part < parts; ++part) {
-                int64_t at = c * parts + part * W;
-                i.prefetch(at), dh.prefetch(at), before.prefetch(at), di.prefetch(at);
-            }
-            Vec<S, W> sigmoid, rest, slope_re, slope_im;
-            sigmoids<W, S>(load<W>(f.row + c), sigmoid, rest);
-            Vec<S, W> lower = load<W>(lower_bound + c), upper = 1 - lower;
-            Vec<S, W> decay = upper * sigmoid + lower, share = upper * rest, ddecay;
-            auto x = read<PAIRS, W>(i.row, c), d = read<PAIRS, W>(dh.row, c), h = read<PAIRS, W>(h_before, c);
-            auto later = carry.template get<W>(slot);
-            x.re = activated<KIND, W, S>(kind, x.re, slope_re);
-            d.re += later.re;
-            if constexpr (PAIRS) {
-                x.im = activated<KIND, W, S>(kind, x.im, slope_im);
-                d.im += later.im;
-                Vec<S, W> cosine = load<W>(cos + c), sine = load<W>(sin + c);
-                // e^{i theta} h[t-1] and e^{-i theta} dh
-                Vec<S, W> re = cosine * h.re, im = cosine * h.im;
-                re -= sine * h.im;
-                im += sine * h.re;
-                later.re = cosine * d.re;
-                later.im = cosine * d.im;
-                later.re += sine * d.im;
-                later.im -= sine * d.re;
-                if (dtheta.needed) {
-                    Vec<S, W> turn = re * d.im;
-                    turn -= im * d.re;
-                    dtheta.add(slot, decay * turn);
-                }
-                ddecay = d.re * (re - x.re);
-                ddecay += d.im * (im - x.im);
-                later.re *= decay;
-                later.im *= decay;
-                x.im = share * slope_im * d.im;
-            } else {
-                ddecay = d.re * (h.re - x.re);
-                later.re = decay * d.re;
-            }
-            x.re = share * slope_re * d.re;
-            carry.template set<W>(slot, later);
-            write<PAIRS, W>(di.row, c, x);
-            store(df.row + c, ddecay * (share * sigmoid));
-            if (dlower_bound.needed) dlower_bound.add(slot, ddecay * rest);
-        });
-        di.next(n * parts);
-        df.next(n);
-    };
-    for (int64_t r = 1; r < t.rows; ++r, i.next(), f.next(), dh.next()) {
-        before.next();
-        row(before.row);
-        if (r % Sum<S>::kRun == 0) dlower_bound.template end_run<W>(n), dtheta.template end_run<W>(n);
+    const Sequences& s = p.given.sequences;
+    const int64_t n = t.columns;
+    Gradient<T, PAIRS> g(p, tiling, t, tiling.around_cache());
+    g.carry.template enter<W>(part<S>(p.dfinal_state, parts<PAIRS>, t, s), n);
+    g.dlower_bound.template start<W>(p.dlower_bound, n);
+    g.dtheta.template start<W>(PAIRS ? p.dtheta : nullptr, n);
+    for (int64_t r = 1; r < t.rows; ++r) {
+        g.before.next();
+        backward_row<KIND, W>(g, n, g.before.row);
+        if (r % Sum<S>::kRun == 0) g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
     }
-    const S* initial_state = part<S>(g.initial_state, parts, t, g.sequences);
-    if (t.rows > 0) row(initial_state ? initial_state : reinterpret_cast<const S*>(zeros));
-    dlower_bound.template end_run<W>(n), dtheta.template end_run<W>(n);
-    if (p.dinitial_state) carry.template leave<W>(part<S>(p.dinitial_state, parts, t, g.sequences), n);
-    if (dlower_bound.needed) dlower_bound.total.template write<W>(part<S>(p.lower_bound_partials, 1, t, g.sequences), n);
-    if (dtheta.needed) dtheta.total.template write<W>(part<S>(p.theta_partials, 1, t, g.sequences), n);
+    const S* initial_state = part<S>(p.given.initial_state, parts<PAIRS>, t, s);
+    if (initial_state == nullptr) initial_state = reinterpret_cast<const S*>(zeros);
+    if (t.rows > 0) backward_row<KNOWN_LATER, W>(g, n, initial_state);
+    g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
+    if (p.dinitial_state) g.carry.template leave<W>(part<S>(p.dinitial_state, parts<PAIRS>, t, s), n);
+    if (g.dlower_bound.needed) g.dlower_bound.total.template write<W>(part<S>(p.lower_bound_partials, 1, t, s), n);
+    if (g.dtheta.needed) g.dtheta.total.template write<W>(part<S>(p.theta_partials, 1, t, s), n);
 }
 
 // sums[c] = the sum of partials[n][c] over n, of runs first.
@@ -286,21 +327,23 @@ template <class Problem, class T, bool PAIRS>
 void run(const Problem& p) {
     using S = StateOf<T>;
     const Given& g = p.given;
+    constexpr int64_t full = kVectorBytes / sizeof(S), fit = kStateBytes / sizeof(S) / parts<PAIRS>;
     Sequences sequences = g.sequences;
     // rows of pairs must fit where rows of numbers do
-    if (PAIRS) sequences.block = std::min<int64_t>(sequences.block, kStateBytes / sizeof(S)) / 2;
-    const Tiling<S> tiling(sequences);
+    sequences.block = std::min(sequences.block / parts<PAIRS>, fit - full);
+    Tiling<S> tiling(sequences);
+    // Fewer columns than fill a vector go to the block before them: vectors of another width would round differently.
+    if (tiling.blocks > 1 && sequences.columns - (tiling.blocks - 1) * tiling.width < full) --tiling.blocks;
     parallel_for(tiling.tiles(), sequences.threads, [&](int64_t number) {
-        const Tile t = tiling[number];
+        Tile t = tiling[number];
+        if (sequences.columns - t.column - t.columns < full) t.columns = sequences.columns - t.column;
         auto tile = [&]<Kind KIND, int W>() {
             if constexpr (std::is_same_v<Problem, Forward>) forward_tile<T, PAIRS, KIND, W>(p, tiling, t);
             else backward_tile<T, PAIRS, KIND, W>(p, tiling, t);
         };
-        constexpr int full = kVectorBytes / sizeof(S), few = full > 4 ? 4 : 1;
-        if (t.columns >= full && g.kind == SILU) tile.template operator()<SILU, full>();
-        else if (t.columns >= full) tile.template operator()<KNOWN_LATER, full>();
-        else if (t.columns >= few) tile.template operator()<KNOWN_LATER, few>();
-        else tile.template operator()<KNOWN_LATER, 1>();
+        if (t.columns < full) tile.template operator()<KNOWN_LATER, 1>();
+        else if (g.kind != SILU) tile.template operator()<KNOWN_LATER, full>();
+        else tile.template operator()<SILU, full>();
         finish_stores();
     });
     if constexpr (std::is_same_v<Problem, Backward>) {

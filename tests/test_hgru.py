@@ -1,0 +1,203 @@
+"""hgru: the paper's equation, gates near 0 and 1, activations, and what only the native backend promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import jit_cpp
+from kernels.agreement import Expected, draw, pose
+from kernels.hgru import OP, hgru, native
+from kernels.hgru.gates import ACTIVATIONS
+
+CPU = torch.device("cpu")
+
+
+def test_the_equation_of_the_paper() -> None:
+    """One channel, complex numbers as Python has them (arXiv 2311.04823, equations 3 to 8)."""
+    torch.manual_seed(0)
+    i, f, state = torch.randn(1, 5, 1, 2).double(), torch.randn(1, 5, 1).double(), torch.randn(1, 1, 2).double()
+    lower, angle = 0.3, 0.7
+    h, final = hgru(i, f, torch.tensor([lower], dtype=i.dtype), torch.tensor([angle], dtype=i.dtype), state)
+    expected = complex(*state.flatten().tolist())
+    for t in range(5):
+        decay = lower + (1 - lower) / (1 + math.exp(-f[0, t, 0].item()))
+        candidate = complex(*(x / (1 + math.exp(-x)) for x in i[0, t, 0].tolist()))
+        turn = complex(math.cos(angle), math.sin(angle))
+        expected = decay * turn * expected + (1 - decay) * candidate
+        assert complex(*h[0, t, 0].tolist()) == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(final, h[:, -1])
+
+
+@pytest.mark.parametrize("backend", ["naive", "compiled", "native"])
+def test_saturated_gates_do_not_cancel(backend: str) -> None:
+    """From a state of zeros the input's share is all there is: σ(−f), also where it is far below an ulp of 1."""
+    f = torch.tensor([-80.0, -40.0, -17.0, 0.0, 17.0, 40.0, 80.0])
+    one = torch.ones(1, 1, 7)
+    share, _ = hgru(one, f.expand(1, 1, 7), activation="identity", backend=backend)
+    torch.testing.assert_close(share[0, 0], torch.sigmoid(-f.double()).float(), rtol=1e-6, atol=0)
+    kept, _ = hgru(0 * one, f.expand(1, 1, 7), None, None, one[0], activation="identity", backend=backend)
+    torch.testing.assert_close(kept[0, 0], torch.sigmoid(f.double()).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["naive", "compiled", "native"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_out_and_near_zero(activation: str, backend: str) -> None:
+    """act(i) and its slope are right relative to their own size, down to the smallest normal numbers."""
+    act, slope = ACTIVATIONS[activation]
+    x = torch.tensor([-3e38, -1e4, -40.0, -9.0, -1.0, -1e-3, -1e-30, 0.0, 1e-30, 1e-3, 1.0, 9.0, 40.0, 1e4, 1e37])
+    i = x.view(1, 1, -1).requires_grad_()
+    # a gate of zeros gives the input a half
+    h, _ = hgru(i, torch.zeros(1, 1, len(x)), activation=activation, backend=backend)
+    found = torch.autograd.grad(h.sum(), i)[0]
+    torch.testing.assert_close(2 * h[0, 0].double(), act(x.double()), rtol=2e-6, atol=1e-35)
+    torch.testing.assert_close(2 * found[0, 0].double(), slope(x.double()), rtol=2e-6, atol=1e-35)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_agrees_with_the_loop(activation: str, pairs: bool) -> None:
+    """test_ops.py draws the flags and the shapes; names it leaves at their defaults."""
+    for backend in (backend for backend in OP.backends[1:] if not backend.foreign):
+        for direction, dtype in (("forward", torch.bfloat16), ("backward", torch.float32)):
+            sizes = {"B": 2, "N": 2, "T": 35, "D": 21}
+            problem = pose(OP, direction, sizes, dtype=dtype, device=CPU, activation=activation, theta=pairs)
+            if backend.cannot(problem):
+                continue
+            inputs = draw(OP, problem)
+            wrong = Expected.of(inputs).difference(inputs.call(backend, backend.configs(problem)[0])())
+            assert wrong is None, f"{backend.name}: {wrong}"
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_every_activation(activation: str, pairs: bool) -> None:
+    drawn = OP.sample({"B": 1, "N": 3, "T": 5, "D": 2}, dtype=torch.float64, theta=pairs)
+    given = [drawn[arg.name] for arg in OP.inputs]
+    leaves = [x.requires_grad_() for x in given if x is not None]
+    cu_seqlens = torch.tensor([0, 2, 2, 5])
+
+    def function(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        queue = list(leaves)
+        tensors = [None if x is None else queue.pop(0) for x in given]
+        options: dict[str, Any] = {"activation": activation, "reverse": pairs, "backend": "naive"}
+        return hgru(*tensors, cu_seqlens=cu_seqlens, **options)  # type: ignore[arg-type]
+
+    torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+def test_gradients_of_bounds_and_angles_over_many_rows() -> None:
+    """Sums over 20,000 rows in float32 stay near those in float64, on every backend."""
+    torch.manual_seed(0)
+    tensors = OP.sample({"B": 2, "T": 10_000, "D": 3}, theta=True, initial_state=False)
+    names = ("i", "f", "lower_bound", "theta")
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        leaves = [tensors[name].detach().to(dtype).requires_grad_() for name in names]  # type: ignore[union-attr]
+        h, _ = hgru(*leaves, backend=backend)
+        return torch.autograd.grad(h.square().sum(), leaves[2:])
+
+    exact = gradients(torch.float64, "compiled")
+    for backend in ("compiled", "native"):
+        for found, right in zip(gradients(torch.float32, backend), exact):
+            assert found.dtype == torch.float32
+            assert (found - right).abs().max() <= 1e-5 * right.abs().max(), backend
+
+
+def test_what_is_not_given_is_zeros() -> None:
+    torch.manual_seed(1)
+    i, f = torch.randn(2, 9, 5, 2), torch.randn(2, 9, 5)
+    for backend in ("naive", "compiled", "native"):
+        bare = hgru(i, f, backend=backend)
+        full = hgru(i, f, torch.zeros(5), torch.zeros(5), torch.zeros(2, 5, 2), backend=backend)
+        assert all(torch.equal(one, two) for one, two in zip(bare, full)), backend
+
+
+@pytest.fixture
+def any_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if reason := jit_cpp.reason(native.SOURCE):
+        pytest.skip(reason)
+    monkeypatch.setattr(native, "SERIAL_SIZE", 0)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("any_threads")
+@pytest.mark.parametrize("columns", [1, 17, 41, 1030, 2049])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("dtype", native.FORMATS)
+def test_bits_depend_neither_on_threads_nor_on_config(columns: int, pairs: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(columns)
+    packed, reverse = columns % 2 == 0, columns % 3 == 0
+    sizes = {"B": 1 if packed else 2, "N": 4 if packed else 2, "T": 9, "D": columns}
+    cu_seqlens = torch.tensor([0, 4, 4, 7, 9], dtype=torch.int32) if packed else None
+    given = list(OP.sample(sizes, dtype=dtype, theta=pairs).values())
+    options: dict[str, Any] = {"reverse": reverse, "activation": "silu" if columns % 4 == 1 else "tanh"}
+    states, dh = torch.randn_like(given[4]), torch.randn_like(given[0])  # type: ignore[arg-type]
+
+    def run(config: dict[str, int]) -> list[Tensor]:
+        h, final = native.forward(*given, cu_seqlens, **options, config=config)
+        residuals = (given[0], given[1], h, *given[2:])
+        grads = native.backward(dh, states, *residuals, cu_seqlens, **options, needs=(True,) * 5, config=config)
+        return [h, final, *[g for g in grads if g is not None]]
+
+    torch.set_num_threads(1)
+    expected = run({"block": 2048, "around_cache_mib": 24})
+    for threads, block, around in ((2, 4096, 0), (1, 32, 24), (2, 288, 0), (2, 33, 0)):
+        torch.set_num_threads(threads)
+        for got, wanted in zip(run({"block": block, "around_cache_mib": around}), expected):
+            assert torch.equal(got, wanted), (threads, block)
+
+
+@pytest.mark.usefixtures("any_threads")
+def test_sixteen_bits_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches and rows may have any strides; what the backend makes beside its results is small."""
+    torch.manual_seed(2)
+    both = torch.randn(2, 40, 192).bfloat16()
+    i, f, bound = both[..., :64].unflatten(-1, (32, 2)), both[..., 64:96], torch.rand(32)
+    config = {"block": 2048, "around_cache_mib": 24}
+    options: dict[str, Any] = {"activation": "silu", "reverse": False, "config": config}
+    made: list[int] = []
+
+    class Counts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                made.append(out.numel())
+            return out
+
+    with Counts():
+        h, _ = native.forward(i, f, bound, bound, None, None, **options)
+        native.backward(h, None, i, f, h, bound, bound, None, None, needs=(True,) * 5, **options)
+    results = sorted((h.numel(), i.numel(), f.numel()))
+    assert sorted(n for n in made if n > 1000) == results
+    expected, _ = hgru(i.contiguous(), f.contiguous(), bound, bound)
+    assert torch.equal(h, expected)
+
+
+WRONG: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
+    "activation": (ValueError, "hgru: no activation 'relu'; there are 'silu', 'identity'",
+                   lambda: hgru(torch.rand(1, 2, 3), torch.rand(1, 2, 3), activation="relu")),
+    "theta": (ValueError, r"hgru: theta rotates pairs, expected i as \[B, T, D, 2\], but i has 3 axes",
+              lambda: hgru(torch.rand(1, 2, 3), torch.rand(1, 2, 3), None, torch.rand(3))),
+    "width": (ValueError, "hgru: axis D is 3 in i but 4 in f", lambda: hgru(torch.rand(1, 2, 3), torch.rand(1, 2, 4))),
+    "bound": (ValueError, "hgru: axis D is 3 in i but 1 in lower_bound",
+              lambda: hgru(torch.rand(1, 2, 3), torch.rand(1, 2, 3), torch.rand(1))),
+    "narrow bound": (TypeError, "lower_bound is bfloat16 but i is bfloat16, so lower_bound must be float32",
+                     lambda: hgru(*torch.rand(2, 1, 2, 3).bfloat16(), torch.rand(3).bfloat16())),
+    "pairs": (ValueError, r"hgru: axis pair is 4 in i, expected 2",
+              lambda: hgru(torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(name: str) -> None:
+    error, message, call = WRONG[name]
+    with pytest.raises(error, match=message):
+        call()
