@@ -29,6 +29,7 @@ class Engine(Protocol):
         *,
         seconds: float,
         memory: int | None,
+        isolate: bool | None,
         progress: Progress,
     ) -> Mapping[Any, Any]: ...
 
@@ -51,6 +52,7 @@ def warmup(
     lengths: Sequence[int] = (),
     seconds: float = 60.0,
     memory: int | None = None,
+    isolate: bool | None = None,
     axis: int = 1,
     progress: Progress | bool = True,
 ) -> dict[Any, Any]:
@@ -66,6 +68,8 @@ def warmup(
         lengths: by default that of the examples.
         seconds: about how long the tuning may take; running the program comes on top.
         memory: bytes that the tensors of a problem that is tuned may take; larger problems are left to the rule.
+        isolate: whether candidates that could take this process down, and were not found right on this device before,
+            are tried in another process first; by default those of other packages, and on a GPU all kernels.
         axis: of time.
         progress: a bar on stderr, or a function that is called with problems done, problems in all, what comes next.
 
@@ -82,7 +86,7 @@ def warmup(
     shown = _bar() if progress is True else contextlib.nullcontext(progress or (lambda *_: None))
     try:
         with shown as tell:
-            found = dict(engine.tune(list(met), seconds=seconds, memory=memory, progress=tell))
+            found = dict(engine.tune(list(met), seconds=seconds, memory=memory, isolate=isolate, progress=tell))
     finally:
         engine.release()
     return found

@@ -27,6 +27,7 @@ class Engine:
         *,
         seconds: float,
         memory: int | None,
+        isolate: bool | None,
         progress: Progress,
     ) -> Mapping[Any, Any]:
         from kernels.catalogue import OPS
@@ -35,7 +36,8 @@ class Engine:
         def fits(problem: Any) -> bool:
             return memory is None or COPIES * OPS[problem.op].cost(problem).bytes <= memory
 
-        return tune_problems(filter(fits, problems), seconds=seconds, progress=progress)
+        met = filter(fits, problems)
+        return tune_problems(met, seconds=seconds, memory=memory, isolate=isolate, progress=progress)
 
     def explain(self, problem: Any) -> Any:
         from kernels.catalogue import OPS

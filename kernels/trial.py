@@ -1,14 +1,13 @@
 """Tries candidates in a process of their own: what crashes, hangs or takes all memory there does so alone.
 
-One process serves many candidates, for it takes seconds to start; it is started when first needed, and again after a
-candidate took it down. It reads requests from its stdin and answers on its stdout, one line of JSON each, and ends when
-stdin does: with the process that started it.
+One process serves many candidates, for it takes seconds to start, when it is first needed: on a CPU, by a child that is
+replaced in no time when a candidate takes it down. It reads requests from its stdin and answers on its stdout, one line
+of JSON each, and ends when its stdin does: with the process that started it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import queue
@@ -19,14 +18,14 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import IO, Any
 
 import torch
 
-from autotune.check import Failure, check
+from autotune.check import Failure
 from kernels.catalogue import OPS
-from kernels.comparison import Comparison, Reference
+from kernels.comparison import Comparison
 from kernels.op import Backend, Config, Op
 from kernels.problem import Problem
 
@@ -37,9 +36,6 @@ SHARE = 0.5
 SHORTEST = 1.0
 # Starting, and drawing tensors and running the loop, which are ours and do not hang.
 START, PREPARATION = 120.0, 300.0
-# The share of a device's memory that a process may have that was given no number; and what the loop may need besides.
-MEMORY_SHARE = 0.75
-LOOP_MEMORY = 6 * 2**30
 
 
 class Trials:
@@ -78,9 +74,12 @@ class Trials:
 
     def safe(self, op: Op, problem: Problem) -> str:
         """A backend that may run here unmeasured: "auto" where all may, else the last one that need not be tried."""
-        able = [backend for backend in op.backends if not backend.foreign and not backend.cannot(problem)]
-        free = [backend.name for backend in able if not self.needed(op, backend, problem)]
-        return free[-1] if free and len(free) < len(able) else "auto"
+        ours = [backend for backend in op.backends if not backend.foreign]
+        free = [backend for backend in ours if not self.needed(op, backend, problem)]
+        if len(free) == len(ours):
+            return "auto"
+        names = [backend.name for backend in free if not backend.cannot(problem)]
+        return names[-1] if names else "auto"
 
     def run(
         self, comparison: Comparison, backend: Backend, config: Config, left: float, startup: float = 0.0
@@ -117,7 +116,7 @@ class Trials:
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", "from kernels.trial import serve; serve()"],
+                    [sys.executable, "-c", "from kernels.trial_process import serve; serve()"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._errors,
@@ -235,123 +234,3 @@ def _request(comparison: Comparison, backend: Backend, config: Config) -> dict[s
         "backend": [backend.name, backend.module],
         "config": dict(config),
     }
-
-
-def serve() -> None:
-    """The process's side: answers requests until there are no more, itself or by a child, replaced when it dies."""
-    # whatever candidates print, and read, is no message of ours
-    requests, replies = os.dup(0), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-
-    def tell(message: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-    settings = json.loads(_line(requests))
-    while settings["fork"]:
-        child = os.fork()
-        if not child:
-            break
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code == 0:
-            return
-        tell({"ended": code})
-    _answer(requests, tell, settings["threads"], settings["memory"])
-    os._exit(0)
-
-
-def _answer(requests: int, tell: Callable[[Mapping[str, Any]], None], threads: int, memory: int | None) -> None:
-    torch.set_num_threads(threads)
-    bound: set[str] = set()
-    made: dict[str, tuple[Comparison, Reference]] = {}
-    tell({"ready": os.getpid()})
-    while line := _line(requests):
-        request = json.loads(line)
-        limit, name, config = request.pop("limit"), request.pop("backend"), request.pop("config")
-        device = torch.device(request["device"])
-        if device.type not in bound:
-            bound.add(device.type)
-            limit_memory(device, memory)
-        with torch.no_grad():
-            same = json.dumps(request)
-            if same not in made:
-                made.clear()
-                made[same] = _prepare(**request)
-            comparison, reference = made[same]
-            backend = _backend(comparison.op, *name)
-            # should nobody be there to end it: a thread that needs no interpreter does
-            faulthandler.dump_traceback_later(limit + PATIENCE, exit=True)
-            tell({"begun": True})
-            tell(_tried(comparison, reference, backend, config))
-            faulthandler.cancel_dump_traceback_later()
-
-
-def _line(requests: int) -> bytes:
-    """The next line, and nothing beyond: whoever comes next reads on from there. Empty at the end."""
-    line = b""
-    while not line.endswith(b"\n"):
-        piece = os.read(requests, 1)
-        if not piece:
-            return b""
-        line += piece
-    return line
-
-
-def _prepare(op: str, length: int, by: str, **facts: Any) -> tuple[Comparison, Reference]:
-    dtypes = {name: getattr(torch, dtype) for name, dtype in facts.pop("dtypes").items()}
-    problem = Problem(op, device=torch.device(facts.pop("device")), dtypes=dtypes, **facts)
-    comparison = Comparison(OPS[op], problem, length=length, by=by)
-    reference = comparison.reference()
-    # before it is a candidate's turn, which may not be blamed for it
-    assert comparison.timed
-    return comparison, reference
-
-
-def _backend(op: Op, name: str, module: str) -> Backend:
-    """The op's, or one that only the process that asks has given it."""
-    known = [backend for backend in op.backends if (backend.name, backend.module) == (name, module)]
-    return known[0] if known else Backend(name, module, foreign=True)
-
-
-def _tried(comparison: Comparison, reference: Reference, backend: Backend, config: Config) -> dict[str, Any]:
-    try:
-        found = check(lambda: comparison.prepare(backend, config), reference, comparison.agree)
-    # a candidate may even end the interpreter
-    except BaseException as error:
-        found = Failure("error", f"{type(error).__name__}: {error}")
-    if not isinstance(found, Failure):
-        return {"status": "ok", "message": ""}
-    return {"status": found.status, "message": found.message, "lost": not _usable(comparison.problem.device)}
-
-
-def _usable(device: torch.device) -> bool:
-    """Whether the device still works: after a fault in a GPU's kernel, nothing does in that process."""
-    try:
-        float(torch.zeros(1, device=device).sum())
-    except Exception:
-        return False
-    return True
-
-
-def limit_memory(device: torch.device, memory: int | None) -> None:
-    """From now on, this process may allocate so many bytes on the device, beside what it has and what the loop needs.
-
-    memory: by default, three quarters of what there is. Nothing on systems and devices that know no limit.
-    """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        allowed = free * MEMORY_SHARE if memory is None else memory + LOOP_MEMORY
-        torch.cuda.set_per_process_memory_fraction(min(allowed / total, 1.0), device)
-    elif device.type == "cpu" and sys.platform == "linux":
-        import resource
-
-        page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-        with open("/proc/self/statm") as statm:
-            has = int(statm.read().split()[0]) * page
-        allowed = int(page * pages * MEMORY_SHARE) if memory is None else memory + LOOP_MEMORY
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = has + allowed
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import autotune
+from autotune.check import Failure
 from kernels import trial
 from kernels.agreement import pose
+from kernels.comparison import Comparison
 from kernels.explain import explain
 from kernels.op import Backend
 from kernels.problem import Problem
 from kernels.scan import OP as SCAN
+from kernels.trial import Trials
 from kernels.tuning import tune, tune_problems
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="planted crashes are those of POSIX")
@@ -124,3 +128,53 @@ def test_nothing_wrong_is_chosen_and_this_process_survives(planted: autotune.Sto
     longer = pose(SCAN, "forward", {"B": 2, "T": 300, "D": 5, "N": 2}, dtype=torch.float32, device=CPU)
     refused = {record.backend for record in autotune.refused(SCAN.key(longer), SCAN.source)}
     assert {"hangs", "segfaults", "aborts", "odd"} <= refused
+
+
+def test_who_is_tried_apart() -> None:
+    """By default other packages' code, and ours on a GPU, where a fault ends everything."""
+    foreign = Backend("foreign", "planted_anything", foreign=True)
+    on_gpu = replace(problem(), device=torch.device("cuda"))
+    backends = (*(SCAN.backend(name) for name in ("naive", "compiled", "native")), foreign)
+    expected = {
+        (None, problem()): [foreign],
+        (None, on_gpu): [SCAN.backend("native"), foreign],
+        (True, problem()): [SCAN.backend("native"), foreign],
+        (False, on_gpu): [],
+    }
+    for (isolate, posed), apart in expected.items():
+        trials = Trials(isolate)
+        assert [backend for backend in backends if trials.needed(SCAN, backend, posed)] == apart
+    assert Trials().safe(SCAN, problem()) == "auto"
+    # what draws a backward pass's residuals runs in this process
+    assert Trials(True).safe(SCAN, problem()) == "compiled"
+
+
+def test_what_is_trusted_here_starts_no_process(planted: autotune.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCAN.__dict__, "backends", SCAN.backends[:2])
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.warns(RuntimeWarning, match="right was to be tried could not be started.*it was not tried"):
+        assert [record.backend for record in tune(SCAN, problem(), seconds=300)] == ["naive"]
+    known = {"median_s": 1e-9, "spread_s": 0.0, "source": SCAN.source}
+    planted.append(autotune.Record(SCAN.key(problem()), "right", {}, "ok", **known))
+    longer = pose(SCAN, "forward", {"B": 2, "T": 40, "D": 7, "N": 2}, dtype=torch.float32, device=CPU)
+    assert {record.backend for record in tune(SCAN, longer, seconds=300)} == {"naive", "right"}
+
+
+def test_a_short_search_says_so_and_the_process_ends_with_its_parent(
+    planted: autotune.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "PATIENCE", 60.0)
+    monkeypatch.setattr(trial, "SHORTEST", 0.1)
+    compared = Comparison(SCAN, problem(), length=16)
+    with Trials() as trials:
+        failure = trials.run(compared, SCAN.backend("hangs"), {}, left=0.2)
+        assert failure == Failure("error", "no result within 0.1 s; a longer search tries it again", 0.1)
+        assert trials.run(compared, SCAN.backend("right"), {}, left=100.0) is None
+        process, runner = trials._process, trials._runner
+        assert process is not None
+        assert process.stdin is not None
+        assert runner is not None
+        process.stdin.close()
+        assert process.wait(60) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(runner, 0)

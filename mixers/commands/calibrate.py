@@ -20,7 +20,7 @@ from kernels.tuning import tune_problems
 from mixers import registry
 from mixers.commands import common
 from mixers.commands import target as targets
-from mixers.commands.common import Device, Dim, mistakes
+from mixers.commands.common import Device, Dim, Isolate, mistakes
 from mixers.commands.doctor import doctor
 from mixers.commands.tables import tables
 
@@ -39,6 +39,7 @@ def calibrate(
         list[str] | None, typer.Option(help="Only this mixer; repeat it. By default all.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the pages.")] = Path("docs/speed"),
+    isolate: Isolate = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,7 +72,7 @@ def calibrate(
         wrong = bool(end.exit_code)
     console.rule("2 of 4: tuning", align="left")
     met = problems(console, names, dim, length, where)
-    tune(console, met, 60 * minutes * TUNING)
+    tune(console, met, 60 * minutes * TUNING, isolate)
     console.rule("3 of 4: benchmarks", align="left")
     swept = sweep(console, minutes * (1 - TUNING), where)
     console.rule("4 of 4: pages", align="left")
@@ -113,7 +114,7 @@ def problems(console: Console, names: list[str], dim: int, lengths: list[int], d
     return list(met)
 
 
-def tune(console: Console, met: list[Problem], seconds: float) -> None:
+def tune(console: Console, met: list[Problem], seconds: float, isolate: bool | None = None) -> None:
     bar = Progress(
         TextColumn("{task.percentage:3.0f}%"),
         BarColumn(),
@@ -125,7 +126,10 @@ def tune(console: Console, met: list[Problem], seconds: float) -> None:
     with mistakes(), bar:
         task = bar.add_task("", total=len(met))
         made = tune_problems(
-            met, seconds=seconds, progress=lambda done, _, what: bar.update(task, completed=done, description=what)
+            met,
+            seconds=seconds,
+            isolate=isolate,
+            progress=lambda done, _, what: bar.update(task, completed=done, description=what),
         )
     records = [record for records in made.values() for record in records]
     failed = [record for record in records if record.failed]

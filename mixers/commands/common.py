@@ -57,6 +57,15 @@ Options = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the mixer; repeat it.", show_default=False),
 ]
+Isolate = Annotated[
+    bool | None,
+    typer.Option(
+        "--isolate/--no-isolate",
+        help="Try what is not known to be right in another process first, which alone ends if it crashes or hangs; "
+        "by default other packages' kernels, and on a GPU all kernels.",
+        show_default=False,
+    ),
+]
 Backward = Annotated[bool, typer.Option("--backward/--no-backward", help="Training, or only the forward pass.")]
 
 

@@ -19,7 +19,7 @@ from kernels.problem import Problem
 from kernels.tuning import tune_problems
 from mixers.commands import common
 from mixers.commands import target as targets
-from mixers.commands.common import Backward, Batch, Device, Dim, Dtype, DtypeOption, Options, mistakes
+from mixers.commands.common import Backward, Batch, Device, Dim, Dtype, DtypeOption, Isolate, Options, mistakes
 
 
 def tune(
@@ -38,6 +38,7 @@ def tune(
         Path | None, typer.Option(help="Write what was chosen to this file, for `autotune.use`.", show_default=False)
     ] = None,
     option: Options = None,
+    isolate: Isolate = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +78,7 @@ def tune(
             met,
             seconds=seconds,
             retime=retime,
+            isolate=isolate,
             progress=lambda done, _, what: bar.update(task, completed=done, description=what),
         )
     report(console, [explained(OPS[problem.op], problem) for problem in met])
