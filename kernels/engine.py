@@ -11,7 +11,8 @@ import torch
 
 from autotune.program import Progress
 
-# Inputs, the loop's results and a candidate's, and what it needs meanwhile: so many times a problem's own tensors.
+# Inputs, the loop's results or a second problem of that length, a candidate's results, and what it needs meanwhile: so
+# many times a problem's own tensors.
 COPIES = 4
 
 

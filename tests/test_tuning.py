@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import autotune
+from autotune import search
 from kernels import comparison
 from kernels.agreement import Expected, draw, pose
 from kernels.catalogue import OPS
@@ -247,6 +248,14 @@ def test_several_problems_share_the_time_and_their_keys(monkeypatch: pytest.Monk
     assert all({record.backend for record in records} == {"naive", "other"} for records in made.values())
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert told[-1] == (2, 2, "done")
+
+
+def test_the_clock_waits_for_the_problems_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(search, "synchronizer", lambda device: lambda: waited.append(device))
+    op = planted(monkeypatch, other=(right, right))
+    tune(op, problem(op), seconds=1)
+    assert set(waited) == {CPU}
 
 
 def test_a_store_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
