@@ -13,14 +13,16 @@ from torch import Tensor
 
 from kernels.agreement import Expected, Inputs, draw, pose
 from kernels.gla import OP, gla
+from kernels.op import Backend
+from kernels.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
 CPU = torch.device("cpu")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 HARD = torch.tensor([-math.inf, math.log(1e-30), math.log(1e-3), math.log(0.5), 0.0], dtype=torch.float64)
-BACKEND = OP.backend("compiled")
-# Small chunks, and a few of them at a time
+BACKENDS = OP.backend("compiled"), OP.backend("native")
+# Small chunks of the first, and a few of them at a time
 SMALL = {"chunk": 4, "rows": 16}
 
 
@@ -44,11 +46,18 @@ def posed(
     return replace(inputs, tensors=tuple(tensors.values()), cu_seqlens=cu_seqlens)
 
 
+def able(problem: Problem, *configs: Mapping[str, int]) -> list[tuple[Backend, Mapping[str, int]]]:
+    """Backends with their configs, of the first only those that are given."""
+    known = [(BACKENDS[0], config) for config in configs or BACKENDS[0].configs(problem)]
+    others = [backend for backend in BACKENDS[1:] if not backend.cannot(problem)]
+    return known + [(backend, config) for backend in others for config in backend.configs(problem)]
+
+
 def agrees(inputs: Inputs, *configs: Mapping[str, int]) -> None:
     expected = Expected.of(inputs)
-    for config in configs or BACKEND.configs(inputs.problem):
-        wrong = expected.difference(inputs.call(BACKEND, config)())
-        assert wrong is None, f"{dict(config)}: {wrong} ({inputs.problem})"
+    for backend, config in able(inputs.problem, *configs):
+        wrong = expected.difference(inputs.call(backend, config)())
+        assert wrong is None, f"{backend.name} {dict(config)}: {wrong} ({inputs.problem})"
 
 
 @pytest.mark.parametrize("hard", [0.1, 0.5, 1.0])
@@ -91,8 +100,8 @@ def test_gradients_of_decays_that_let_nothing_through_are_exactly_zero(keys: int
     """Exactly: there is no difference of which rounding could be left."""
     inputs = posed("backward", 40, keys, hard=0.3)
     tensors = dict(zip(OP.names("backward"), inputs.tensors))
-    for config in BACKEND.configs(inputs.problem):
-        dlog_decay, log_decay = inputs.call(BACKEND, config)()[3], tensors["log_decay"]
+    for backend, config in able(inputs.problem):
+        dlog_decay, log_decay = inputs.call(backend, config)()[3], tensors["log_decay"]
         assert dlog_decay is not None
         assert log_decay is not None
         assert bool((dlog_decay[log_decay == -math.inf] == 0).all())
@@ -127,9 +136,10 @@ def test_inputs_are_left_alone_and_outputs_are_contiguous() -> None:
     for direction in ("forward", "backward"):
         inputs = posed(direction, 11, bonus=True)
         before = [None if t is None else t.clone() for t in inputs.tensors]
-        for result in inputs.call(BACKEND, SMALL)():
-            assert result is not None
-            assert result.is_contiguous()
+        for backend, config in able(inputs.problem, SMALL):
+            for result in inputs.call(backend, config)():
+                assert result is not None
+                assert result.is_contiguous()
         for tensor, copy in zip(inputs.tensors, before):
             assert (tensor is None) == (copy is None)
             if tensor is not None and copy is not None:
@@ -140,7 +150,7 @@ def rows(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("backend", ["naive", "compiled"])
+@pytest.mark.parametrize("backend", ["naive", "compiled", "native"])
 def test_flash_linear_attentions_loops(backend: str) -> None:
     """A decay per key, per head and none, each from a state."""
     gla_loop = pytest.importorskip("fla.ops.gla.naive").naive_recurrent_gla
@@ -159,7 +169,7 @@ def test_flash_linear_attentions_loops(backend: str) -> None:
             torch.testing.assert_close(mine, their, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("backend", ["naive", "compiled"])
+@pytest.mark.parametrize("backend", ["naive", "compiled", "native"])
 def test_flash_linear_attentions_loop_of_rwkv6(backend: str) -> None:
     loop = pytest.importorskip("fla.ops.rwkv6.recurrent_naive").naive_recurrent_rwkv6
     q, k, v, state, u = rows(2, 37, 3, 8), rows(2, 37, 3, 8), rows(2, 37, 3, 6), rows(2, 3, 8, 6), rows(3, 8)
