@@ -117,7 +117,11 @@ OP = Op(
     options={"scale": 1.0},
     residuals=NAMES,
     gradients={name: name for name in NAMES},
-    backends=(Backend("naive", "kernels.dplr.naive"), Backend("compiled", "kernels.dplr.compiled")),
+    backends=(
+        Backend("naive", "kernels.dplr.naive"),
+        Backend("compiled", "kernels.dplr.compiled"),
+        Backend("triton", "kernels.dplr.triton", devices=("cuda",)),
+    ),
     sample=_sample,
     cost=_cost,
     differentiable_backward=_differentiable_backward,

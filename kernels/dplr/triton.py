@@ -1,0 +1,89 @@
+"""Diagonal plus rank one on GPUs as its loop over time; see kernels/triton_matrix.py for how that is laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import triton
+from torch import Tensor
+
+from kernels import triton_matrix_launch as launch
+from kernels.dplr.triton_kernels import dplr_backward, dplr_forward
+from kernels.problem import Problem
+from kernels.triton_aot import Compiled
+
+INTERPRETED = not isinstance(dplr_forward, triton.JITFunction)
+
+
+def cannot(problem: Problem) -> list[str]:
+    """Why this backend cannot run the problem; empty if it can."""
+    return launch.cannot(problem, INTERPRETED)
+
+
+def configs(problem: Problem) -> Sequence[dict[str, int]]:
+    """Candidates for the tuner, the default first.
+
+    numbers: of the state to a thread. num_warps: of a program, which has so many values as that allows. rows: from one
+    state that is kept for the backward pass to the next.
+    """
+    if problem.direction == "forward":
+        return [
+            {"numbers": 8, "num_warps": 4, "rows": 32},
+            {"numbers": 16, "num_warps": 2, "rows": 32},
+            {"numbers": 8, "num_warps": 1, "rows": 32},
+        ]
+    return [{"numbers": 8, "num_warps": 4, "rows": 32}, {"numbers": 8, "num_warps": 2, "rows": 32}]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    config: Mapping[str, int],
+) -> tuple[Tensor, Tensor]:
+    """(y [B, T, H, V], final_state [N, H, K, V])"""
+    return _recurrence(q, k, v, a, b, log_decay, initial_state, cu_seqlens, scale, config).run_forward()
+
+
+def backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    needs: tuple[bool, ...],
+    config: Mapping[str, int],
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, da, db, dlog_decay, dinitial_state), each None where `needs` says so."""
+    names = ("q", "k", "v", "a", "b", "log_decay", "initial")
+    given = _recurrence(q, k, v, a, b, log_decay, initial_state, cu_seqlens, scale, config)
+    found = given.run_backward(dy, dfinal_state, dict(zip(names, needs)))
+    return tuple(found[name] for name in names)
+
+
+def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[Compiled]:
+    """Compiles what the problem would launch for a GPU that need not be there, such as "sm_90" or "gfx942"."""
+    given = _recurrence(**launch.shapes(problem, ("a", "b")), scale=0.125, config=config)  # type: ignore[arg-type]
+    return given.compiled(target, problem.direction)
+
+
+def _recurrence(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, config: Mapping[str, int],
+) -> launch.Recurrence:  # fmt: skip
+    rows = {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay}
+    return launch.Recurrence((dplr_forward, dplr_backward), rows, initial_state, cu_seqlens, scale, config)

@@ -1,0 +1,237 @@
+"""How Triton kernels of recurrences with a matrix state are launched: one launch forward, two backward and small sums.
+
+Under TRITON_INTERPRET=1 they run on the CPU, slowly, for tests. triton_matrix.py has what the kernels share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import triton_aot
+from kernels.problem import Problem, state_dtype
+
+CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
+# The bytes of the keys of a state, some columns of which must fit into a program's registers
+MOST_BYTES = 2048
+# A thread's
+REGISTERS = {torch.float32: 168, torch.float64: 255}
+
+
+def cannot(problem: Problem, interpreted: bool) -> list[str]:
+    """Why these kernels cannot run the problem; empty if they can."""
+    device, sizes = problem.device, problem.sizes
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return [f"needs a CUDA or HIP device, the tensors are on {device.type}"]
+    reasons = []
+    most = MOST_BYTES // state_dtype(problem.dtypes["q"]).itemsize
+    if sizes["K"] > most:
+        reasons.append(f"axis K is {sizes['K']}; at most {most}")
+    if max(sizes["T"], sizes["V"], sizes["H"]) >= 2**30:
+        reasons.append(f"an axis of {max(sizes['T'], sizes['V'], sizes['H'])}; at most {2**30 - 1}")
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            reasons.append(f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and everything that it is launched with."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+    registers: int
+
+    def options(self, nvidia: bool) -> dict[str, int]:
+        # one stage: what a program has left in memory it reads again, so no load may move before a store
+        options = {"num_warps": self.num_warps, "num_stages": 1}
+        # without a bound NVIDIA's assembler spills some registers so that more threads are resident
+        return {**options, "maxnreg": self.registers} if nvidia else options
+
+    def __call__(self, device: torch.device) -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[(self.programs,)](**self.arguments, **self.options(torch.version.hip is None))
+
+    def compile_for(self, target: str) -> triton_aot.Compiled:
+        options = self.options(target.startswith("sm_"))
+        return triton_aot.compile_kernel(self.kernel, self.arguments, target, programs=self.programs, **options)
+
+
+class Recurrence:
+    """The inputs of an op with a matrix state, its two kernels, and how they are launched.
+
+    rows: q, k, v, log_decay [B, T, H, J] and the op's others, by name. parameters: [H, K]; their gradients are sums
+    over values and sequences, float32 or wider.
+    config: numbers of the state to a thread, num_warps of a program, and the rows from one kept state to the next.
+    """
+
+    def __init__(
+        self,
+        kernels: tuple[Any, Any],
+        rows: Mapping[str, Tensor | None],
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        config: Mapping[str, int],
+        parameters: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        self.kernels, self.scale, self.config = kernels, scale, config
+        self.rows, self.parameters = _contiguous(rows), _contiguous(parameters or {})
+        self.initial, self.cu_seqlens = _contiguous({"initial": initial_state, "cu_seqlens": cu_seqlens}).values()
+        q, self.v = self.rows["q"], self.rows["v"]
+        assert q is not None
+        self.dtype = state_dtype(q.dtype)
+        self.batch, self.length, self.heads, self.keys = q.shape
+        self.values = self.like.shape[3]
+        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.BK = triton.next_power_of_2(self.keys)
+        room = max(1, config["numbers"] * config["num_warps"] * 32 // self.BK)
+        self.BV = min(triton.next_power_of_2(self.values), room * 4 // self.dtype.itemsize or 1)
+        self.blocks = -(-self.values // self.BV)
+
+    @property
+    def like(self) -> Tensor:
+        """v, and the device and dtype of sequences."""
+        assert self.v is not None
+        return self.v
+
+    def run_forward(self) -> tuple[Tensor, Tensor]:
+        """(y [B, T, H, V], final_state [N, H, K, V])"""
+        y, final = self.new(*self.like.shape, dtype=self.like.dtype), self.state()
+        self.forward(y, final, None)(y.device)
+        return y, final
+
+    def run_backward(
+        self, dy: Tensor | None, dfinal_state: Tensor | None, needs: Mapping[str, bool]
+    ) -> dict[str, Tensor | None]:
+        """The gradients of the rows, "initial" and the parameters that are needed and that there are."""
+        kept = self.kept()
+        self.forward(None, None, kept)(kept.device)
+        found = self.gradients(needs)
+        self.backward(dy, dfinal_state, kept, found)(kept.device)
+        return self.summed(found)
+
+    def compiled(self, target: str, direction: str) -> list[triton_aot.Compiled]:
+        """What one direction would launch; backward with every gradient, and with one of the final state where there
+        is an initial state."""
+        if direction == "forward":
+            return [self.forward(self.like, self.state(), None).compile_for(target)]
+        every = dict.fromkeys((*self.rows, "initial", *self.parameters), True)
+        backward = self.backward(self.like, self.initial, self.kept(), self.gradients(every))
+        return [self.forward(None, None, self.kept()).compile_for(target), backward.compile_for(target)]
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.like.new_empty(shape, dtype=dtype or self.dtype)
+
+    def state(self) -> Tensor:
+        return self.new(self.sequences, self.heads, self.keys, self.values)
+
+    def kept(self) -> Tensor:
+        """The state before every R-th row of each sequence; where their lengths are unknown, room for no fewer."""
+        rows = self.config["rows"]
+        count = self.batch * -(-self.length // rows)
+        if self.cu_seqlens is not None:
+            count = self.length // rows + self.sequences
+        return self.new(count, self.heads, self.keys, self.values)
+
+    def gradients(self, needs: Mapping[str, bool]) -> dict[str, Tensor | None]:
+        """Where the gradients go; sums over all values, in one part for each block of them."""
+        found: dict[str, Tensor | None] = {}
+        for name, tensor in self.rows.items():
+            if tensor is None or not needs[name]:
+                found[f"d{name}"] = None
+            elif name == "v":
+                found["dv"] = self.new(*tensor.shape, dtype=tensor.dtype)
+            else:
+                found[f"d{name}"] = self.new(
+                    self.blocks, *tensor.shape, dtype=tensor.dtype if self.blocks == 1 else self.dtype
+                )
+        found["dinitial"] = self.state() if self.initial is not None and needs["initial"] else None
+        for name, tensor in self.parameters.items():
+            parts = self.blocks, self.sequences, self.heads, self.keys
+            found[f"d{name}"] = self.new(*parts) if tensor is not None and needs[name] else None
+        return found
+
+    def summed(self, found: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        whole = {"v": found["dv"], "initial": found["dinitial"]}
+        for name, tensor in self.rows.items():
+            parts = found[f"d{name}"]
+            if name == "v":
+                continue
+            if parts is None or tensor is None:
+                whole[name] = None
+            else:
+                # one block's part has the row's own dtype
+                whole[name] = parts[0] if len(parts) == 1 else parts.sum(0).to(tensor.dtype)
+        for name in self.parameters:
+            parts = found[f"d{name}"]
+            whole[name] = None if parts is None else parts.sum((0, 1))
+        return whole
+
+    def forward(self, y: Tensor | None, final: Tensor | None, kept: Tensor | None) -> Launch:
+        given = {**self.rows, **self.parameters, "initial": self.initial}
+        return self._launch(self.kernels[0], {**given, "y": y, "final": final, "kept": kept})
+
+    def backward(
+        self, dy: Tensor | None, dfinal: Tensor | None, kept: Tensor, found: Mapping[str, Tensor | None]
+    ) -> Launch:
+        scratch = self.new(self.programs, self.config["rows"], self.BK, self.BV)
+        arguments = {**_contiguous({"dy": dy, "dfinal": dfinal}), **self.rows, **self.parameters, "kept": kept}
+        sizes = {"ROWS": self.batch * self.length} | ({"N": self.sequences} if self.parameters else {})
+        return self._launch(self.kernels[1], {**arguments, "scratch": scratch, **found, **sizes})
+
+    @property
+    def programs(self) -> int:
+        return self.sequences * self.heads * self.blocks
+
+    def _launch(self, kernel: Any, arguments: dict[str, Any]) -> Launch:
+        log_decay = self.rows["log_decay"]
+        arguments |= {
+            "cu_seqlens": self.cu_seqlens,
+            # a number known to the compiler has all its digits, an argument those of float32
+            "SCALE": self.scale,
+            "T": self.length,
+            "H": self.heads,
+            "K": self.keys,
+            "V": self.values,
+            "PER_KEY": log_decay is not None and log_decay.shape[3] > 1,
+            "STATE": CONSTANTS[self.dtype],
+            "R": self.config["rows"],
+            "BK": self.BK,
+            "BV": self.BV,
+        }
+        return Launch(kernel, self.programs, arguments, self.config["num_warps"], REGISTERS[self.dtype])
+
+
+def _contiguous(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def shapes(problem: Problem, keyed: Sequence[str], narrow: Sequence[str] = ()) -> dict[str, Tensor | None]:
+    """Tensors without memory as a problem has them: q, k, v, the other rows [B, T, H, K] in `keyed` and [B, T, H] in
+    `narrow`, log_decay, initial_state and cu_seqlens."""
+    B, T, H, K, V, N = (problem.sizes[letter] for letter in "BTHKVN")
+    dtype, options = problem.dtypes["q"], problem.options
+
+    def tensor(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=like, device="meta")
+
+    wide = state_dtype(dtype)
+    return {
+        **{name: tensor(B, T, H, K) for name in ("q", "k", *keyed)},
+        "v": tensor(B, T, H, V),
+        **{name: tensor(B, T, H, like=problem.dtypes[name]) for name in narrow},
+        "log_decay": tensor(B, T, H, problem.sizes["J"], like=wide) if options["log_decay"] else None,
+        "initial_state": tensor(N, H, K, V, like=wide) if options["initial_state"] else None,
+        "cu_seqlens": tensor(N + 1, like=torch.int32) if options["packed"] else None,
+    }

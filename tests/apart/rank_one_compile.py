@@ -1,0 +1,62 @@
+"""The delta rule's and dplr's Triton kernels compiled for GPUs that are not there. See test_rank_one_triton.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.delta_rule import triton as delta_rule
+from kernels.dplr import triton as dplr
+from kernels.problem import Problem
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+FLOAT64, FLOAT32, BFLOAT16 = torch.float64, torch.float32, torch.bfloat16
+BACKENDS = {"delta_rule": (delta_rule, "qkv"), "dplr": (dplr, "qkvab")}
+
+
+def check(
+    op: str, target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64, **facts: Any
+) -> None:
+    """No spills, and an eighth of the warps resident."""
+    backend, rows = BACKENDS[op]
+    sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": 64, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
+    options = {"scale": 0.125, "log_decay": True, "initial_state": True, "packed": False, **facts}
+    if options["packed"]:
+        sizes["B"] = 1
+    dtypes = dict.fromkeys(rows, dtype) | ({"beta": torch.float32} if op == "delta_rule" else {})
+    problem = Problem(op, direction, torch.device("cuda"), dtypes, sizes, options)
+    assert backend.cannot(problem) == []
+    for found in backend.compile_for(target, problem, backend.configs(problem)[config]):
+        assert found.spills == 0, found
+        assert found.occupancy >= 0.125, found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", BACKENDS)
+def test_default_configs(op: str, direction: str, target: str) -> None:
+    check(op, target, direction, 0)
+
+
+@pytest.mark.parametrize("op", BACKENDS)
+def test_other_problems(op: str) -> None:
+    check(op, "sm_90", "backward", 1, packed=True)
+    check(op, "sm_80", "backward", 0, FLOAT32, keys=128, per_key=False)
+    check(op, "gfx942", "forward", 1, log_decay=False, initial_state=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("keys", [1, 16, 128, 256, 512])
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("direction, configs", [("forward", 3), ("backward", 2)])
+@pytest.mark.parametrize("op", BACKENDS)
+def test_the_cross_product(op: str, direction: str, configs: int, dtype: torch.dtype, keys: int, target: str) -> None:
+    if keys == 512 and dtype == FLOAT64:
+        # more than `cannot` lets through
+        keys = 200
+    for config in range(configs):
+        for per_key in (True, False):
+            check(op, target, direction, config, dtype, keys, per_key=per_key)

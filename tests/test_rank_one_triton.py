@@ -1,0 +1,20 @@
+"""The Triton delta rule and dplr, interpreted and compiled. The tests themselves are in apart/rank_one_*.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.triton_interpreter import run
+
+
+def test_values_and_gradients() -> None:
+    assert run("rank_one_values.py", interpret=True) >= 120
+
+
+def test_representative_kernels() -> None:
+    assert run("rank_one_compile.py", "-m", "not long", interpret=False) >= 30
+
+
+@pytest.mark.long
+def test_every_kernel() -> None:
+    assert run("rank_one_compile.py", "-m", "long", interpret=False) >= 600
