@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 import mixers
+from kernels.agreement import pose
 from kernels.delta_rule import OP as DELTA
 from kernels.delta_rule import delta_rule
 from kernels.gla import OP as GLA
@@ -33,35 +34,50 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def subjects(length: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """What is timed: functions of tensors, and the tensors."""
-    found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {}
-    for what in LIMITS:
-        op, function = (GLA, gla) if what.startswith("gla") else (DELTA, delta_rule)
-        J = 1 if "per head" in what else SIZES["K"]
-        sampled = op.sample({**SIZES, "T": length, "J": J}, initial_state=False)
-        inputs = [x.squeeze(3) if name == "log_decay" and J == 1 else x for name, x in sampled.items() if x is not None]
-        found[what] = (lambda *inputs, function=function: function(*inputs)[0]), inputs
-    return found
+def subject(what: str, length: int, backend: str = "auto") -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """What is timed: a function of tensors, and the tensors."""
+    op, function = (GLA, gla) if what.startswith("gla") else (DELTA, delta_rule)
+    J = keys(what)
+    sampled = op.sample({**SIZES, "T": length, "J": J}, initial_state=False)
+    inputs = [x.squeeze(3) if name == "log_decay" and J == 1 else x for name, x in sampled.items() if x is not None]
+    return (lambda *inputs: function(*inputs, backend=backend)[0]), inputs
+
+
+def keys(what: str) -> int:
+    """Decays of a head."""
+    return 1 if "per head" in what else SIZES["K"]
+
+
+def backends(what: str, direction: str) -> tuple[str, list[str]]:
+    """The one that "auto" picks, and the others that can run here, but for the loop."""
+    op = GLA if what.startswith("gla") else DELTA
+    sizes = {**SIZES, "J": keys(what)}
+    problem = pose(op, direction, sizes, dtype=torch.float32, device=torch.device("cpu"), initial_state=False)
+    able = [b.name for b in op.backends[1:] if not b.cannot(problem)]
+    picked = op.choose(problem).backend.name
+    return picked, [name for name in able if name != picked]
 
 
 def ratios(rounds: int) -> Iterator[Row]:
+    """What "auto" picks is held to the limits; every other backend's time stands beside it."""
     heads_first = [torch.randn(SIZES["B"], SIZES["H"], SIZES["T"], SIZES["K"]) for _ in range(3)]
-    known = subjects(SIZES["T"])
-    for n, what in enumerate(("forward", "forward + backward")):
+    for n, direction in enumerate(("forward", "backward")):
         make: Callable[..., Callable[[], object]] = trainer if n else partial
-        base, *others = medians(
-            [make(softmax, *heads_first), *(make(run, *inputs) for run, inputs in known.values())], max(rounds // 2, 3)
-        )
-        for (name, limits), seconds in zip(LIMITS.items(), others):
-            detail = f"{seconds * 1e3:.1f} ms, attention {base * 1e3:.1f} ms"
-            yield Row(f"{name}, {what}", seconds / base, limits[n], "×", detail)
+        for what, limits in LIMITS.items():
+            picked, others = backends(what, direction)
+            named = [subject(what, SIZES["T"], name) for name in ("auto", *others)]
+            runs = [make(softmax, *heads_first), *(make(run, *inputs) for run, inputs in named)]
+            base, seconds, *slower = medians(runs, max(rounds // 2, 3))
+            beside = "".join(f", {name} {time * 1e3:.1f} ms" for name, time in zip(others, slower))
+            detail = f"{picked} {seconds * 1e3:.1f} ms, attention {base * 1e3:.1f} ms{beside}"
+            name = f"{what}, {'forward + backward' if n else 'forward'}"
+            yield Row(name, seconds / base, limits[n], "×", detail)
 
 
 def growth(rounds: int) -> Iterator[Row]:
     """Cost is linear in T."""
     for name in LIMITS:
-        runs = [partial(run, *inputs) for run, inputs in (subjects(2048)[name], subjects(16384)[name])]
+        runs = [partial(run, *inputs) for run, inputs in (subject(name, 2048), subject(name, 16384))]
         short, long = medians(runs, max(rounds // 5, 3))
         detail = f"{long * 1e3:.0f} ms, {short * 1e3:.1f} ms at T = 2,048"
         yield Row(f"{name}, T = 16,384", long / short, 9.0, "×", detail)
