@@ -157,6 +157,7 @@ OP = Op(
         Backend("naive", "kernels.hgru.naive"),
         Backend("compiled", "kernels.hgru.compiled"),
         Backend("native", "kernels.hgru.native", devices=("cpu",)),
+        Backend("triton", "kernels.hgru.triton", devices=("cuda",)),
         Backend("fla", "kernels.hgru.fla", devices=("cuda",), foreign=True),
     ),
     sample=_sample,
