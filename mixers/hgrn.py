@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.hgru import hgru
 from kernels.problem import state_dtype
-from kernels.scan import scan
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
 from mixers.parts import LowerBounded, choice
@@ -44,7 +43,7 @@ class HGRN(LowerBounded, SequenceMixer):
         short_conv: width of a causal depthwise convolution on the projections i and f; 0 for none.
         lower_bound: γ: None (0), a number, a tensor [D], or anything callable that returns one.
         bidirectional: a second, reversed scan with a θ of its own, summed with the first before the norm.
-        backend: of the scan; see `kernels.scan.scan`.
+        backend: of the recurrence; see `kernels.hgru.hgru`.
 
     Source: Qin, Yang, Zhong, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", arXiv 2311.04823;
     github.com/OpenNLPLab/HGRN.
@@ -52,7 +51,7 @@ class HGRN(LowerBounded, SequenceMixer):
 
     family = "element-wise linear RNN"
     source = "arXiv 2311.04823"
-    ops = ("scan",)
+    ops = ("hgru",)
 
     def __init__(
         self,
@@ -108,33 +107,27 @@ class HGRN(LowerBounded, SequenceMixer):
         if self.short_conv:
             i, after["conv_i"] = _convolve(i, self.i_conv, state["conv_i"], cu_seqlens)
             f, after["conv_f"] = _convolve(f, self.f_conv, state["conv_f"], cu_seqlens)
-        decay, c = self.gates(i, f)
-        h, after["h"] = self.scan(decay, c, state["h"] if self.causal else None, 0, cu_seqlens)
+        h, after["h"] = self.recur(i, f, state["h"] if self.causal else None, 0, cu_seqlens)
         if not self.causal:
-            h = h + self.scan(decay, c, None, 1, cu_seqlens)[0]
+            h = h + self.recur(i, f, None, 1, cu_seqlens)[0]
         if self.complex:
             h = rearrange(h, "b t d pair -> b t (pair d)")
         return self.o_proj(self.norm(h, g)), after if self.causal else None
 
-    def gates(self, i: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """λ [B, T, D] in float32 or wider, and the scan's input (1 − λ) SiLU(i) in i's dtype."""
-        wide = state_dtype(f.dtype)
-        c, f = F.silu(i.to(wide)), f.to(wide)
-        bound = self.lower_bound()
-        rest = (1 - bound.to(wide)) if isinstance(bound, Tensor) else 1 - bound
-        decay, remainder = bound + rest * torch.sigmoid(f), rest * torch.sigmoid(-f)
+    def recur(
+        self, i: Tensor, f: Tensor, h: Tensor | None, direction: int, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden states of raw projections, [B, T, D] or pairs [B, T, D, 2], and the last one."""
+        wide, bound, theta = state_dtype(f.dtype), self.lower_bound(), None
+        if isinstance(bound, Tensor):
+            gamma = bound.to(wide).expand(self.width)
+        else:
+            gamma = torch.full((self.width,), bound, dtype=wide, device=f.device) if bound else None
         if self.complex:
             # the projection's rows are interleaved: real and imaginary part of channel j are rows 2j and 2j + 1
-            c, remainder = rearrange(c, "b t (d pair) -> b t d pair", pair=2), remainder[..., None]
-        return decay, (remainder * c).to(i.dtype)
-
-    def scan(
-        self, decay: Tensor, c: Tensor, h: Tensor | None, direction: int, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if self.complex:
-            theta = self.theta[direction].to(decay.dtype)
-            decay = torch.stack((decay * theta.cos(), decay * theta.sin()), -1)
-        return scan(decay, c, h, reverse=direction == 1, cu_seqlens=cu_seqlens, backend=self.backend)
+            i, theta = i.unflatten(-1, (self.width, 2)), self.theta[direction].to(wide)
+        reverse = direction == 1
+        return hgru(i, f, gamma, theta, h, reverse=reverse, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
 def _convolve(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.hgru import hgru
 from kernels.problem import state_dtype
-from kernels.scan import scan
 from mixers.mixer import SequenceMixer
 from mixers.registry import register
 
@@ -30,14 +30,14 @@ class MinGRU(SequenceMixer):
         expand: state channels per dim.
         candidate: "positive" or "identity", the g above.
         bias: biases in all projections.
-        backend: of the scan; see `kernels.scan.scan`.
+        backend: of the recurrence; see `kernels.hgru.hgru`.
 
     Source: Feng et al., "Were RNNs all we needed?", arXiv 2410.01201.
     """
 
     family = "element-wise linear RNN"
     source = "arXiv 2410.01201"
-    ops = ("scan",)
+    ops = ("hgru",)
 
     def __init__(
         self, dim: int, *, expand: int = 1, candidate: str = "positive", bias: bool = True, backend: str = "auto"
@@ -61,11 +61,9 @@ class MinGRU(SequenceMixer):
         }
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        z, candidate = self.z_proj(x), self.h_proj(x)
-        wide = state_dtype(z.dtype)
-        z, c = z.to(wide), candidate.to(wide)
-        if self.candidate == "positive":
-            c = torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
-        inputs = (torch.sigmoid(z) * c).to(candidate.dtype)
-        h, final = scan(torch.sigmoid(-z), inputs, state["h"], cu_seqlens=cu_seqlens, backend=self.backend)
+        # the forget gate is 1 − z
+        forget, c = -self.z_proj(x), self.h_proj(x)
+        h, final = hgru(
+            c, forget, None, None, state["h"], activation=self.candidate, cu_seqlens=cu_seqlens, backend=self.backend
+        )
         return self.o_proj(h), {"h": final}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.hgru import hgru
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from kernels.short_conv import short_conv
@@ -37,14 +38,14 @@ class QRNN(SequenceMixer):
         window: how many inputs the candidates and gates see.
         pooling: "f", "fo" or "ifo", after the gates it has.
         bias: biases in the projections.
-        backend: of the scan; see `kernels.scan.scan`.
+        backend: of the pooling; see `kernels.hgru.hgru` ("ifo": `kernels.scan.scan`).
 
     Source: Bradbury et al., "Quasi-recurrent neural networks", arXiv 1611.01576.
     """
 
     family = "element-wise linear RNN"
     source = "arXiv 1611.01576"
-    ops = ("scan",)
+    ops = ("hgru", "scan")
 
     def __init__(
         self, dim: int, *, window: int = 2, pooling: str = "fo", bias: bool = True, backend: str = "auto"
@@ -68,13 +69,24 @@ class QRNN(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         windows, last = self._windows(x.to(activation_dtype(x)), state["x"], cu_seqlens)
         z, *gates = self.proj(windows).chunk(1 + len(self.gates), -1)
-        wide = state_dtype(z.dtype)
-        gate = dict(zip(self.gates, (g.to(wide) for g in gates)))
-        share = torch.sigmoid(gate["i"] if "i" in gate else -gate["f"])
-        inputs = (share * torch.tanh(z.to(wide))).to(z.dtype)
-        c, final = scan(torch.sigmoid(gate["f"]), inputs, state["c"], cu_seqlens=cu_seqlens, backend=self.backend)
-        y = (torch.sigmoid(gate["o"]) * c).to(c.dtype) if "o" in gate else c
+        y, final = self._pool(z, dict(zip(self.gates, gates)), state["c"], cu_seqlens)
         return y, {"c": final, "x": last}
+
+    def _pool(
+        self, z: Tensor, gate: dict[str, Tensor], state: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(y, the last c)"""
+        wide = state_dtype(z.dtype)
+        if "i" in gate:
+            inputs = (torch.sigmoid(gate["i"].to(wide)) * torch.tanh(z.to(wide))).to(z.dtype)
+            decay = torch.sigmoid(gate["f"].to(wide))
+            c, final = scan(decay, inputs, state, cu_seqlens=cu_seqlens, backend=self.backend)
+        else:
+            c, final = hgru(
+                z, gate["f"], None, None, state, activation="tanh", cu_seqlens=cu_seqlens, backend=self.backend
+            )
+        y = (torch.sigmoid(gate["o"].to(wide)) * c).to(c.dtype) if "o" in gate else c
+        return y, final
 
     def _windows(self, x: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """The last `window` inputs of each token [B, T, window · dim], the oldest first; and the state after them."""
