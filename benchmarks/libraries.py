@@ -93,17 +93,28 @@ def assoc_scan(given: Inputs) -> Prepared:
     return importlib.import_module("assoc_scan").AssocScan(), [given["a"], given["x"]], lambda h: h
 
 
-def torch_scan(given: Inputs) -> Prepared:
+@cache
+def generated_scan() -> Callable[..., Tensor]:
+    """torch's associative_scan, whose code is generated for one length and any other sizes."""
     from torch._higher_order_ops.associative_scan import associative_scan
 
     def combine(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    @torch.compile(dynamic=False, fullgraph=True)
+    @torch.compile(fullgraph=True)
     def scan(a: Tensor, x: Tensor) -> Tensor:
         return associative_scan(combine, (a, x), dim=1, combine_mode="generic")[1]
 
-    return scan, [given["a"], given["x"]], lambda h: h
+    def run(a: Tensor, x: Tensor) -> Tensor:
+        for tensor in (a, x):
+            torch._dynamo.mark_dynamic(tensor, (0, 2))
+        return scan(a, x)
+
+    return run
+
+
+def torch_scan(given: Inputs) -> Prepared:
+    return generated_scan(), [given["a"], given["x"]], lambda h: h
 
 
 def with_decays(path: str, name: str, decay: str, *names: str) -> Callable[[Inputs], Prepared]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import foreign
 from kernels.foreign import Kernel
+from kernels.loop import wanted
 from kernels.problem import Problem
 
 KERNELS = (
@@ -65,6 +66,32 @@ def backward(
     config: Mapping[str, str],
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dlog_decay, dinitial_state, None), each None where `needs` says so."""
+    if config["kernel"].startswith("fused_recurrent"):
+        found = _recurrent_backward(dy, dfinal_state, q, k, v, log_decay, initial_state, cu_seqlens, scale)
+        return wanted((*found, None), (q, k, v, log_decay, initial_state, bonus), needs)
     inputs = {"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state}
     run = foreign.matrix_state(config, KERNELS, cu_seqlens, scale)
     return (*foreign.gradients(config["kernel"], run, inputs, needs, (dy, dfinal_state)), None)
+
+
+def _recurrent_backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dlog_decay, dinitial_state) by the recurrent kernel alone, which makes the states again itself."""
+    theirs = foreign.function("fla.ops.common.fused_recurrent:fused_recurrent_bwd")
+    given: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "do": torch.zeros_like(v) if dy is None else dy}
+    given |= {"dht": dfinal_state, "initial_state": initial_state}
+    if log_decay is not None:
+        given |= {"g": log_decay.squeeze(3)} if log_decay.shape[3] == 1 else {"gk": log_decay}
+    tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
+    with torch.cuda.device_of(q):
+        dq, dk, dv, dg, dgk, _, dinitial = theirs(**tensors, scale=scale, cu_seqlens=foreign.bounds(cu_seqlens))
+    return dq, dk, dv, dgk if dg is None else dg[..., None], dinitial
