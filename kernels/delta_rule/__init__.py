@@ -121,6 +121,7 @@ OP = Op(
     backends=(
         Backend("naive", "kernels.delta_rule.naive"),
         Backend("compiled", "kernels.delta_rule.compiled"),
+        Backend("native", "kernels.delta_rule.native", devices=("cpu",)),
         Backend("triton", "kernels.delta_rule.triton", devices=("cuda",)),
         Backend("fla", "kernels.delta_rule.fla", devices=("cuda",), foreign=True),
     ),

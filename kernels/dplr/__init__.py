@@ -120,6 +120,7 @@ OP = Op(
     backends=(
         Backend("naive", "kernels.dplr.naive"),
         Backend("compiled", "kernels.dplr.compiled"),
+        Backend("native", "kernels.dplr.native", devices=("cpu",)),
         Backend("triton", "kernels.dplr.triton", devices=("cuda",)),
     ),
     sample=_sample,

@@ -1,0 +1,164 @@
+"""The delta rule and dplr in C++ for CPUs: what their native backends share. See rank_one.h.
+
+Rows are streamed in time past a state [K, V] that stays in the cache; threads over sequences, heads and, where these
+are few, tiles of columns. The backward pass keeps the state before every 16th row and makes the others again. The bits
+of the results do not depend on the number of threads: what is summed over tiles is summed in their order.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import jit_cpp, pool
+from kernels.memory import address
+from kernels.problem import Problem, state_dtype
+
+# in the order in which rank_one.h counts them
+FORMATS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+# of a tile's state, in the L1 cache beside the rows that pass by
+STATE_BYTES = 32768
+# so many parts are wanted, for threads to share
+PARTS = 8
+# fewer products than this are done before a second thread has woken up
+SERIAL_SIZE = 1 << 17
+
+
+def cannot(source: Path, problem: Problem) -> list[str]:
+    """Why the backend cannot run the problem; empty if it can."""
+    if problem.dtypes["q"] not in FORMATS:
+        return [f"no kernel for q in {problem.dtypes['q']}"]
+    reason = jit_cpp.reason(source)
+    return [] if reason is None else [reason]
+
+
+class Native:
+    """A rule's two functions, called with its rows: q, k, v, log_decay, and a and b, which may be None."""
+
+    def __init__(self, source: Path) -> None:
+        self.source, self.name = source, source.parent.name
+
+    @functools.cached_property
+    def run_forward(self) -> Callable[..., None]:
+        return jit_cpp.load(self.source).function(f"{self.name}_forward", 40)
+
+    @functools.cached_property
+    def run_backward(self) -> Callable[..., None]:
+        return jit_cpp.load(self.source).function(f"{self.name}_backward", 55)
+
+    @functools.cached_property
+    def vector_bytes(self) -> int:
+        return jit_cpp.load(self.source).vector_bytes()
+
+    def forward(
+        self, rows: Sequence[Tensor | None], initial: Tensor | None, cu_seqlens: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """y [B, T, H, V] in v's dtype, and the final states [N, H, K, V]."""
+        given = _Given(rows, initial, cu_seqlens, scale, self.vector_bytes)
+        y = pool.empty_like(given.v)
+        final = given.v.new_empty(given.states, dtype=given.wide)
+        self.run_forward(*given.fields, y.data_ptr(), final.data_ptr())
+        return y, final
+
+    def backward(
+        self,
+        dy: Tensor | None,
+        dfinal: Tensor | None,
+        rows: Sequence[Tensor | None],
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of rows and the initial states; None where `needs`, in the same order, says so."""
+        given = _Given(rows, initial, cu_seqlens, scale, self.vector_bytes)
+        inputs = (*rows, initial)
+        found = [pool.empty_like(x) if need and x is not None else None for x, need in zip(inputs, needs)]
+        dq, dk, dv, dlog_decay, da, db, dinitial = found
+        summed = (dq, dk, da, db, dlog_decay)
+        parts: list[Tensor | None] = [None] * len(summed)
+        if given.groups > 1:
+            parts = [None if x is None else x.new_empty((given.groups, *x.shape), dtype=given.wide) for x in summed]
+        dy, dfinal = _columns_together(dy), None if dfinal is None else dfinal.contiguous()
+        self.run_backward(
+            *given.fields,
+            *_rows(dy),
+            address(dfinal),
+            *(number for pair in zip(summed, parts) for number in map(address, pair)),
+            address(dv),
+            address(dinitial),
+        )
+        return tuple(found)
+
+
+class _Given:
+    """The inputs as rank_one.h reads them; keeps the copies that it made alive."""
+
+    def __init__(
+        self,
+        rows: Sequence[Tensor | None],
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        vector_bytes: int,
+    ) -> None:
+        self.kept = [_columns_together(x) for x in rows]
+        q, _, v, log_decay, a, _ = self.kept
+        assert q is not None
+        assert v is not None
+        self.v, self.wide = v, state_dtype(q.dtype)
+        self.initial = None if initial is None else initial.contiguous()
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        batch, length, heads, keys = q.shape
+        values = v.shape[3]
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.states = sequences, heads, keys, values
+        vectors, self.groups = _tiles(sequences * heads, keys, values, self.wide.itemsize, vector_bytes)
+        parallel = batch * length * heads * keys * values >= SERIAL_SIZE
+        self.fields = (
+            address(self.cu_seqlens),
+            sequences,
+            length,
+            heads,
+            keys,
+            values,
+            0 if log_decay is None else log_decay.shape[3],
+            FORMATS[q.dtype],
+            0 if a is None else FORMATS[a.dtype],
+            torch.get_num_threads() if parallel else 1,
+            vectors,
+            self.groups,
+            *struct.unpack("q", struct.pack("d", scale)),
+            *(number for x in self.kept for number in _rows(x)),
+            address(self.initial),
+        )
+
+
+@functools.cache
+def _tiles(parts: int, keys: int, values: int, itemsize: int, vector_bytes: int) -> tuple[int, int]:
+    """Vectors in a tile of columns, 4, 2 or 1, and groups of tiles. Bits depend on them, so they do not on threads."""
+    lanes, vectors = vector_bytes // itemsize, 4
+
+    def tiles() -> int:
+        return -(-values // (lanes * vectors))
+
+    while vectors > 1 and (
+        lanes * vectors // 2 >= values or keys * lanes * vectors * itemsize > STATE_BYTES or parts * tiles() < PARTS
+    ):
+        vectors //= 2
+    return vectors, min(tiles(), -(-PARTS // parts))
+
+
+def _columns_together(x: Tensor | None) -> Tensor | None:
+    """x [B, T, H, W] if its columns lie side by side, else a copy; other axes may have any strides."""
+    return x if x is None or x.stride(3) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor | None) -> tuple[int, ...]:
+    """The fields of rank_one.h's Rows."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
