@@ -21,6 +21,10 @@ from kernels.problem import Problem
 # The distribution that has fla.ops; flash-linear-attention has the layers.
 DISTRIBUTION = "fla-core"
 
+# Importing their package and compiling every config that their autotuner chooses from, before the first call returns;
+# a chunked function launches many kernels. Guesses on the safe side: who takes longer than that is taken to hang.
+RECURRENT_SECONDS, CHUNKED_SECONDS = 40.0, 150.0
+
 # Tensors by name, as theirs are called; outputs as the op has them.
 Run = Callable[..., tuple[Tensor, Tensor]]
 
@@ -92,6 +96,11 @@ def configs(problem: Problem, kernels: Sequence[Kernel]) -> list[dict[str, str]]
     """A candidate for each kernel that fits. The version is part of it: what another one did says nothing."""
     fit = [kernel for kernel in kernels if not kernel.cannot(problem)]
     return [{"kernel": kernel.name, "version": installed() or ""} for kernel in fit]
+
+
+def startup(problem: Problem, config: Mapping[str, str]) -> float:
+    """Seconds until the first call returns."""
+    return RECURRENT_SECONDS if "recurrent" in config["kernel"] else CHUNKED_SECONDS
 
 
 @cache

@@ -11,6 +11,7 @@ from kernels import foreign
 from kernels.agreement import pose
 from kernels.catalogue import OPS
 from kernels.problem import Problem
+from kernels.tuning import startup
 from tests.triton_interpreter import run
 
 INSTALLED = pytest.mark.skipif(not importlib.util.find_spec("fla"), reason="needs flash-linear-attention")
@@ -44,6 +45,7 @@ def test_what_they_cannot_do(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.cannot(posed(op)) == []
     assert backend.cannot(posed(op, dtype="float64")) == ["computes in float32, the tensors are float64"]
     assert all(config["version"] == "0.6.0" for config in backend.configs(posed(op)))
+    assert all(startup(backend, posed(op), config) >= 40 for config in backend.configs(posed(op)))
     monkeypatch.setattr(foreign, "installed", lambda: None)
     assert backend.cannot(posed(op)) == ["fla-core is not installed"]
 

@@ -20,6 +20,8 @@ KERNELS = (
     Kernel("fla.ops.kda:fused_recurrent_kda", ("key",), gradients=False),
 )
 
+startup = foreign.startup
+
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""

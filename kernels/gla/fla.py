@@ -19,6 +19,8 @@ KERNELS = (
     Kernel("fla.ops.simple_gla:fused_recurrent_simple_gla", ("none", "head")),
 )
 
+startup = foreign.startup
+
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""

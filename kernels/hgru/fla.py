@@ -22,6 +22,8 @@ from kernels.problem import Problem
 RECURRENT = Kernel("fla.ops.hgrn:fused_recurrent_hgrn")
 KERNELS = (RECURRENT, Kernel("fla.ops.hgrn:chunk_hgrn", packed=False))
 
+startup = foreign.startup
+
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
