@@ -105,7 +105,7 @@ def test_the_default_config_in_other_dtypes(direction: str, target: str) -> None
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-@pytest.mark.parametrize("config", range(3))
+@pytest.mark.parametrize("config", [0, 2])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_float32_decays_beside_bfloat16(direction: str, config: int, target: str) -> None:
     compiled(direction, "mixed", config, target)
@@ -122,7 +122,7 @@ def test_the_cross_product(dtypes: str, config: int, target: str) -> None:
         compiled(direction, dtypes, config, target, pairs=pairs, **options)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_odd_widths_compile_without_spills_and_with_narrow_loads(direction: str, target: str) -> None:
     posed = problem(direction, "bfloat16", width=WIDTH + 1)

@@ -1,0 +1,72 @@
+"""HGRN's recurrence in Triton, compiled for GPUs that are not there. See test_hgru_triton.py."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.hgru import triton as backend
+from kernels.problem import Problem
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+FLOAT64, FLOAT32, BFLOAT16 = torch.float64, torch.float32, torch.bfloat16
+EVERYTHING = {"pairs": True, "theta": True, "packed": True, "initial_state": True}
+
+
+def problem(direction: str, dtype: torch.dtype, **facts: Any) -> Problem:
+    # A multiple of 8 and of nothing larger
+    sizes = {"B": 1 if facts.get("packed") else 16, "T": 2048, "D": 1000, "N": 16}
+    plain = {"activation": "silu", "reverse": False, "lower_bound": True, "theta": False, "pairs": False}
+    options = {**plain, "initial_state": False, "packed": False, **facts}
+    return Problem("hgru", direction, torch.device("cuda"), {"i": dtype, "f": dtype}, sizes, options)
+
+
+def check(target: str, posed: Problem, config: int) -> None:
+    """No spills, a quarter of the warps resident, 16 bytes at a time, and asynchronous copies on NVIDIA."""
+    assert backend.cannot(posed) == []
+    configs = backend.configs(posed)
+    assert [config.get("split", 0) for config in configs] == [0, 0, 0, 64, 256]
+    found = backend.compile_for(target, posed, configs[config])
+    assert len(found) == (1 if config < 3 else 3) + (posed.direction == "backward")
+    for kernel in found:
+        assert kernel.spills == 0, kernel
+        assert kernel.occupancy >= 0.25, kernel
+        if kernel.kernel == "hgru_sums":
+            continue
+        # Of pairs, f is half as wide as i and h
+        wide = kernel.loads[16] + (kernel.loads.get(8, 0) if posed.options["pairs"] else 0)
+        assert kernel.kernel == "hgru_chunks" or kernel.stores[16] >= 1, kernel
+        assert kernel.loads[16] >= 4, kernel
+        if target.startswith("sm_"):
+            assert wide - 8 <= kernel.asynchronous, kernel
+            assert kernel.asynchronous >= 4, kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_default_config(direction: str, target: str) -> None:
+    check(target, problem(direction, BFLOAT16), 0)
+
+
+@pytest.mark.parametrize("direction, target", [("forward", "sm_100"), ("backward", "sm_80"), ("backward", "gfx942")])
+def test_pairs(direction: str, target: str) -> None:
+    check(target, problem(direction, FLOAT32, **EVERYTHING), 0)
+
+
+@pytest.mark.parametrize("direction, target", [("forward", "gfx942"), ("backward", "sm_90")])
+def test_time_split_over_programs(direction: str, target: str) -> None:
+    check(target, problem(direction, FLOAT32), 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("config", range(4))
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32, FLOAT64], ids=str)
+def test_the_cross_product(dtype: torch.dtype, config: int, target: str) -> None:
+    for direction, facts in itertools.product(("forward", "backward"), ({}, EVERYTHING)):
+        check(target, problem(direction, dtype, **facts), config)
+    for activation in ("identity", "tanh", "sigmoid", "positive"):
+        check(target, problem("backward", dtype, activation=activation), config)
