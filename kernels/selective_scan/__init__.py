@@ -41,8 +41,8 @@ def selective_scan(
         initial_state: [N, D, K] in the state dtype, or None for zeros. N is B, or the number of packed sequences.
         cu_seqlens: [N + 1] int32 or int64, needs B = 1: rows cu_seqlens[n] to cu_seqlens[n + 1] are sequence n, which
             has its own initial and final state; a sequence may be empty, its final state is then its initial state.
-        backend: "auto" (the tuned choice, else the last listed that can run) or "naive", "compiled", "native"; a named
-            backend never falls back.
+        backend: "auto" (the tuned choice, else the last listed that can run) or "naive", "compiled", "native",
+            "triton"; a named backend never falls back.
 
     Returns:
         y [B, T, D] in x's dtype, and final_state [N, D, K] in the state dtype, in which sums are accumulated.
@@ -123,6 +123,7 @@ OP = Op(
         Backend("naive", "kernels.selective_scan.naive"),
         Backend("compiled", "kernels.selective_scan.compiled"),
         Backend("native", "kernels.selective_scan.native", devices=("cpu",)),
+        Backend("triton", "kernels.selective_scan.triton", devices=("cuda",)),
     ),
     sample=_sample,
     cost=_cost,

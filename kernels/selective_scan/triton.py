@@ -1,0 +1,185 @@
+"""The selective scan on GPUs as its loop over time: one launch forward, two backward and small sums.
+
+The states of a block of channels are in registers and never leave the chip but every R rows of a backward pass;
+triton_kernels.py has the kernels. Under TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import triton_matrix_launch as launch
+from kernels.problem import Problem, state_dtype
+from kernels.selective_scan.triton_kernels import selective_scan_backward, selective_scan_forward
+from kernels.triton_aot import Compiled
+from kernels.triton_matrix_launch import CONSTANTS, REGISTERS, Launch, contiguous
+
+INTERPRETED = not isinstance(selective_scan_forward, triton.JITFunction)
+NAMES = ("x", "delta", "A", "B", "C", "D_", "initial")
+# left in parts, for sequences or blocks of channels
+SUMS = ("dA", "dB", "dC", "dD_")
+
+
+def cannot(problem: Problem) -> list[str]:
+    """Why this backend cannot run the problem; empty if it can."""
+    return launch.missing(problem, INTERPRETED, "TD")
+
+
+def configs(problem: Problem) -> Sequence[dict[str, int]]:
+    """Candidates for the tuner, the default first.
+
+    numbers: of the states to a thread. num_warps: of a program, which has so many channels as that allows. rows: from
+    one state that is kept for the backward pass to the next.
+    """
+    if problem.direction == "forward":
+        return [
+            {"numbers": 8, "num_warps": 1, "rows": 32},
+            {"numbers": 8, "num_warps": 4, "rows": 32},
+            {"numbers": 16, "num_warps": 1, "rows": 32},
+        ]
+    return [{"numbers": 4, "num_warps": 2, "rows": 32}, {"numbers": 4, "num_warps": 4, "rows": 32}]
+
+
+def forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    config: Mapping[str, int],
+) -> tuple[Tensor, Tensor]:
+    """(y [B, T, D], final_state [N, D, K])"""
+    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config)
+    y, final = torch.empty_like(x, memory_format=torch.contiguous_format), given.states(given.sequences)
+    given.forward(y, final, None)(x.device)
+    return y, final
+
+
+def backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    needs: tuple[bool, ...],
+    config: Mapping[str, int],
+) -> tuple[Tensor | None, ...]:
+    """(dx, ddelta, dA, dB, dC, dD, dinitial_state), each None where `needs` says so."""
+    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config)
+    kept, found = given.kept(), given.gradients(needs)
+    given.forward(None, None, kept)(x.device)
+    given.backward(dy, dfinal_state, kept, found)(x.device)
+    whole = [g.sum(0) if g is not None and name in SUMS else g for name, g in found.items()]
+    return tuple(g if g is None or t is None else g.to(t.dtype) for g, t in zip(whole, given.tensors.values()))
+
+
+def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[Compiled]:
+    """Compiles what the problem would launch for a GPU that need not be there, such as "sm_90" or "gfx942"."""
+    batch, T, D, K, N = (problem.sizes[letter] for letter in "BTDKN")
+    dtype, options = problem.dtypes["x"], problem.options
+    wide = state_dtype(dtype)
+
+    def tensor(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=like, device="meta")
+
+    x, delta = tensor(batch, T, D), tensor(batch, T, D, like=problem.dtypes["delta"])
+    A, B, C = tensor(D, K, like=wide), tensor(batch, T, K), tensor(batch, T, K)
+    skip = tensor(D, like=wide) if options["D"] else None
+    initial = tensor(N, D, K, like=wide) if options["initial_state"] else None
+    cu_seqlens = tensor(N + 1, like=torch.int32) if options["packed"] else None
+    given = _Given(x, delta, A, B, C, skip, initial, cu_seqlens, config)
+    if problem.direction == "forward":
+        launches = [given.forward(x, given.states(N), None)]
+    else:
+        every = given.gradients((True,) * 7)
+        launches = [given.forward(None, None, given.kept()), given.backward(x, initial, given.kept(), every)]
+    return [each.compile_for(target) for each in launches]
+
+
+class _Given:
+    """The inputs, and how they are launched."""
+
+    def __init__(
+        self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+        initial_state: Tensor | None, cu_seqlens: Tensor | None, config: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self.tensors = contiguous(dict(zip(NAMES, (x, delta, A, B, C, D, initial_state))))
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.like, self.config, self.dtype = x, config, state_dtype(x.dtype)
+        self.batch, self.length, self.channels = x.shape
+        self.keys = A.shape[1]
+        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.BK = triton.next_power_of_2(self.keys)
+        room = max(1, config["numbers"] * config["num_warps"] * 32 // self.BK)
+        self.BD = min(triton.next_power_of_2(self.channels), room * 4 // self.dtype.itemsize or 1)
+        self.blocks = -(-self.channels // self.BD)
+
+    def new(self, *shape: int) -> Tensor:
+        return self.like.new_empty(shape, dtype=self.dtype)
+
+    def states(self, count: int) -> Tensor:
+        return self.new(count, self.channels, self.keys)
+
+    def kept(self) -> Tensor:
+        """The state before every R-th row of each sequence; where their lengths are unknown, room for no fewer."""
+        rows = self.config["rows"]
+        if self.cu_seqlens is not None:
+            return self.states(self.length // rows + self.sequences)
+        return self.states(self.batch * -(-self.length // rows))
+
+    def gradients(self, needs: Sequence[bool]) -> dict[str, Tensor | None]:
+        """Where the gradients go; dB, dC in parts for blocks of channels, dA and dD in parts for sequences."""
+        parts = self.blocks, self.batch, self.length, self.keys
+        shapes = {"A": (self.sequences, self.channels, self.keys), "B": parts, "C": parts}
+        shapes["D_"] = self.sequences, self.channels
+        return {
+            f"d{name}": None
+            if tensor is None or not needed
+            else self.new(*shapes[name])
+            if name in shapes
+            else torch.empty_like(tensor)
+            for (name, tensor), needed in zip(self.tensors.items(), needs)
+        }
+
+    def forward(self, y: Tensor | None, final: Tensor | None, kept: Tensor | None) -> Launch:
+        return self._launch(selective_scan_forward, {**self.tensors, "y": y, "final": final, "kept": kept})
+
+    def backward(
+        self, dy: Tensor | None, dfinal: Tensor | None, kept: Tensor, found: Mapping[str, Tensor | None]
+    ) -> Launch:
+        scratch = self.new(self.programs, self.config["rows"], self.BD, self.BK)
+        read = {name: tensor for name, tensor in self.tensors.items() if name != "initial"}
+        arguments = {**contiguous({"dy": dy, "dfinal": dfinal}), **read, "kept": kept, "scratch": scratch, **found}
+        return self._launch(selective_scan_backward, {**arguments, "ROWS": self.batch * self.length})
+
+    @property
+    def programs(self) -> int:
+        return self.sequences * self.blocks
+
+    def _launch(self, kernel: Any, arguments: dict[str, Any]) -> Launch:
+        arguments |= {
+            "cu_seqlens": self.cu_seqlens,
+            "T": self.length,
+            "D": self.channels,
+            "K": self.keys,
+            "STATE": CONSTANTS[self.dtype],
+            "R": self.config["rows"],
+            "BD": self.BD,
+            "BK": self.BK,
+        }
+        return Launch(kernel, self.programs, arguments, self.config["num_warps"], REGISTERS[self.dtype])

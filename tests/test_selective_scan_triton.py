@@ -1,0 +1,20 @@
+"""The Triton selective scan, interpreted and compiled. The tests themselves are in apart/selective_scan_*.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.triton_interpreter import run
+
+
+def test_values_and_gradients() -> None:
+    assert run("selective_scan_values.py", interpret=True) >= 60
+
+
+def test_representative_kernels() -> None:
+    assert run("selective_scan_compile.py", "-m", "not long", interpret=False) >= 16
+
+
+@pytest.mark.long
+def test_every_kernel() -> None:
+    assert run("selective_scan_compile.py", "-m", "long", interpret=False) >= 200
