@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import triton_aot
 from kernels.problem import Problem, state_dtype
+from kernels.triton_launch import missing as no_triton
 
 CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 # The bytes of the keys of a state, some columns of which must fit into a program's registers
@@ -25,20 +26,18 @@ REGISTERS = {torch.float32: 168, torch.float64: 255}
 
 
 def cannot(problem: Problem, interpreted: bool) -> list[str]:
-    """Why these kernels cannot run the problem; empty if they can."""
+    """Why kernels of a recurrence with heads cannot run the problem; empty if they can."""
+    return missing(problem, interpreted, "TVH")
+
+
+def missing(problem: Problem, interpreted: bool, axes: str) -> list[str]:
+    """What keeps Triton from the problem: the device, more keys than registers have room for, or one of the axes."""
     device, sizes = problem.device, problem.sizes
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
-        return [f"needs a CUDA or HIP device, the tensors are on {device.type}"]
-    reasons = []
-    most = MOST_BYTES // state_dtype(problem.dtypes["q"]).itemsize
+    reasons = no_triton(device, interpreted)
+    most = MOST_BYTES // state_dtype(next(iter(problem.dtypes.values()))).itemsize
     if sizes["K"] > most:
         reasons.append(f"axis K is {sizes['K']}; at most {most}")
-    if max(sizes["T"], sizes["V"], sizes["H"]) >= 2**30:
-        reasons.append(f"an axis of {max(sizes['T'], sizes['V'], sizes['H'])}; at most {2**30 - 1}")
-    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            reasons.append(f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}")
+    reasons += [f"axis {axis} is {sizes[axis]}; at most {2**30 - 1}" for axis in axes if sizes[axis] >= 2**30]
     return reasons
 
 
@@ -86,8 +85,8 @@ class Recurrence:
         parameters: Mapping[str, Tensor | None] | None = None,
     ) -> None:
         self.kernels, self.scale, self.config = kernels, scale, config
-        self.rows, self.parameters = _contiguous(rows), _contiguous(parameters or {})
-        self.initial, self.cu_seqlens = _contiguous({"initial": initial_state, "cu_seqlens": cu_seqlens}).values()
+        self.rows, self.parameters = contiguous(rows), contiguous(parameters or {})
+        self.initial, self.cu_seqlens = contiguous({"initial": initial_state, "cu_seqlens": cu_seqlens}).values()
         q, self.v = self.rows["q"], self.rows["v"]
         assert q is not None
         self.dtype = state_dtype(q.dtype)
@@ -186,7 +185,7 @@ class Recurrence:
         self, dy: Tensor | None, dfinal: Tensor | None, kept: Tensor, found: Mapping[str, Tensor | None]
     ) -> Launch:
         scratch = self.new(self.programs, self.config["rows"], self.BK, self.BV)
-        arguments = {**_contiguous({"dy": dy, "dfinal": dfinal}), **self.rows, **self.parameters, "kept": kept}
+        arguments = {**contiguous({"dy": dy, "dfinal": dfinal}), **self.rows, **self.parameters, "kept": kept}
         sizes = {"ROWS": self.batch * self.length} | ({"N": self.sequences} if self.parameters else {})
         return self._launch(self.kernels[1], {**arguments, "scratch": scratch, **found, **sizes})
 
@@ -213,7 +212,7 @@ class Recurrence:
         return Launch(kernel, self.programs, arguments, self.config["num_warps"], REGISTERS[self.dtype])
 
 
-def _contiguous(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+def contiguous(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
