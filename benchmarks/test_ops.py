@@ -101,4 +101,5 @@ def described(problems: list[Problem], variant: str) -> dict[str, Any]:
         "length": first.sizes["T"],
         "sizes": {axis: size for axis, size in first.sizes.items() if axis not in ("T", "N")},
         "bytes": sum(OPS[first.op].cost(problem).bytes for problem in problems),
+        "flops": sum(OPS[first.op].cost(problem).flops for problem in problems),
     }
