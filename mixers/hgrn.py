@@ -118,11 +118,13 @@ class HGRN(LowerBounded, SequenceMixer):
         self, i: Tensor, f: Tensor, h: Tensor | None, direction: int, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The hidden states of raw projections, [B, T, D] or pairs [B, T, D, 2], and the last one."""
-        wide, bound, theta = state_dtype(f.dtype), self.lower_bound(), None
+        wide, bound = state_dtype(f.dtype), self.lower_bound()
+        gamma: Tensor | None = None
+        theta: Tensor | None = None
         if isinstance(bound, Tensor):
             gamma = bound.to(wide).expand(self.width)
-        else:
-            gamma = torch.full((self.width,), bound, dtype=wide, device=f.device) if bound else None
+        elif bound:
+            gamma = torch.full((self.width,), bound, dtype=wide, device=f.device)
         if self.complex:
             # the projection's rows are interleaved: real and imaginary part of channel j are rows 2j and 2j + 1
             i, theta = i.unflatten(-1, (self.width, 2)), self.theta[direction].to(wide)

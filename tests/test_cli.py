@@ -56,7 +56,7 @@ def test_list_names_every_mixer_with_its_state_and_what_runs_it_here() -> None:
     printed = run("list", "--dim", "64", "--device", "cpu")
     for name in mixers.names():
         assert name in printed
-    assert re.search(r"hgrn element-wise linear RNN 128 scan: naive, compiled", printed)
+    assert re.search(r"hgrn element-wise linear RNN 128 hgru: naive, compiled", printed)
     assert re.search(r"attention softmax attention 128 a token", printed)
 
 
@@ -88,7 +88,7 @@ def test_show_builds_with_the_options_given() -> None:
 def test_explain_shows_every_candidate_of_both_directions() -> None:
     printed = run("explain", "hgrn", *SMALL)
     for direction in ("forward", "backward"):
-        assert f"scan {direction} [B=1 T=21 D=8 N=1] float32 cpu pairs initial_state" in printed
+        assert f"hgru {direction} [B=1 T=21 D=8 N=1] float32 cpu activation=silu pairs theta initial_state" in printed
     assert "by rule, for nothing was measured" in printed
     assert "naive — not measured" in printed
     assert "triton cannot:" in printed
@@ -120,7 +120,7 @@ def test_a_wrong_backend_is_reported_and_not_chosen(monkeypatch: pytest.MonkeyPa
     agreement_forward = compiled.forward
     monkeypatch.setattr(compiled, "forward", wrong)
     printed = run("tune", "mingru", *SMALL, "--no-backward", "--seconds", "2")
-    assert "wrong: scan forward compiled" in printed
+    assert "wrong: hgru forward compiled" in printed
     assert "final_state is off by 1 at its worst" in printed
     assert "compiled chunk=16 inductor=0 wrong: final_state is off by 1" in run("explain", "mingru", *SMALL)
 
@@ -165,8 +165,8 @@ def test_doctor_fails_where_a_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch)
             "error: --device is 'gpu', expected cpu, cuda, cuda:1, mps or the like",
             2,
         ),
-        (["explain", "hgrn", *SMALL, "-o", "backend=fast"], "error: scan: no backend 'fast'; there are auto, naive", 2),
-        (["explain", "hgrn", *SMALL, "-o", "backend=triton"], "error: scan: backend 'triton' cannot run", 1),
+        (["explain", "hgrn", *SMALL, "-o", "backend=fast"], "error: hgru: no backend 'fast'; there are auto, naive", 2),
+        (["explain", "hgrn", *SMALL, "-o", "backend=triton"], "error: hgru: backend 'triton' cannot run", 1),
         (["explain", "hgrn", "--dim", "0"], "Invalid value for '--dim'", 2),
         (["explain", "hgrn", "--dtype", "int8"], "Invalid value for '--dtype'", 2),
         (["tables", "--json", "/no/such/file"], "error: --json is '/no/such/file', which is no file", 2),
@@ -226,8 +226,8 @@ for command in [*{commands!r}, "doctor"]:
     assert "native cannot: no C++ compiler found ($CXX is '/no/such/compiler', which is no program on PATH)" in printed
     assert "warning: autotune: cannot save measurements in" in printed
     assert (
-        "scan forward [B=1 T=21 D=8 N=1] float32 cpu initial_state compiled" in printed
-        or "cpu initial_state naive" in printed
+        "hgru forward [B=1 T=21 D=8 N=1] float32 cpu activation=positive initial_state compiled" in printed
+        or "initial_state naive" in printed
     )
     assert "NOT writable" in printed
 

@@ -342,7 +342,7 @@ class TestDemo:
         for part in (
             "song.txt",
             "2 layers of hgrn",
-            "scan backward",
+            "hgru backward",
             "held-out",
             "4-character context, interpolated n-gram",
         ):
