@@ -163,7 +163,10 @@ def _takeover(rows: Sequence[Row]) -> str:
             most[row["steps"]] = max(most.get(row["steps"], 0), row["columns"])
     if not most:
         return "Time is split nowhere."
-    said = ", ".join(f"B·D ≤ {columns:,} at T = {steps:,}" for steps, columns in sorted(most.items()))
+    steps: dict[int, list[str]] = {}
+    for at, columns in sorted(most.items()):
+        steps.setdefault(columns, []).append(f"{at:,}")
+    said = "; ".join(f"B·D ≤ {columns:,} at T = {' and '.join(at)}" for columns, at in steps.items())
     return f"Of these, time is split for {said}."
 
 
