@@ -45,6 +45,8 @@ def heads(x: Tensor | None) -> tuple[int, ...]:
 
 def heads_side_by_side(x: Tensor) -> Tensor:
     """x [B, T, H, V] if the numbers of each row lie side by side, else a copy; batch and time may have any strides."""
+    if x.is_contiguous():
+        return x
     heads, width = x.shape[2:]
     return x if x.stride(3) == 1 and (heads == 1 or x.stride(2) == width) else x.contiguous()
 

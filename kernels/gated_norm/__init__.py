@@ -65,23 +65,25 @@ def gated_norm(
     shape = x.shape
     if len(shape) not in (3, 4):
         raise ValueError(f"gated_norm: x has {len(shape)} axes {list(shape)}, expected [B, T, D] or [B, T, H, V]")
-    heads = x if len(shape) == 4 else x[:, :, None]
-    if gate is not None and gate.shape != heads.shape:
-        if gate.shape != shape and gate.shape != (*shape[:2], heads.shape[2] * heads.shape[3]):
+    heads = x if len(shape) == 4 else x.unsqueeze(2)
+    if gate is not None and len(shape) == 3 and gate.shape == shape:
+        gate = gate.unsqueeze(2)
+    elif gate is not None and gate.shape != heads.shape:
+        if gate.shape != (*shape[:2], heads.shape[2] * heads.shape[3]):
             raise ValueError(f"gated_norm: gate is {list(gate.shape)}, which does not fit x {list(shape)}")
         gate = gate.view(heads.shape)
     found = OP(
         heads, gate, _of_heads(weight, heads), _of_heads(bias, heads), None, norm == "layer", activation, gate_first,
         float(eps), backend,
     )  # fmt: skip
-    return found[0] if len(shape) == 4 else found[0].view(shape)
+    return found[0] if len(shape) == 4 else found[0].squeeze(2)
 
 
 def _of_heads(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """[V] -> [H, V]"""
     if parameter is None or parameter.ndim == 2:
         return parameter
-    return parameter.expand(x.shape[2], -1)
+    return parameter.unsqueeze(0) if x.shape[2] == 1 else parameter.expand(x.shape[2], -1)
 
 
 def _sample(

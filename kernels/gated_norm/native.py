@@ -113,15 +113,15 @@ class _Given:
     def __init__(self, x: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
         wide = state_dtype(x.dtype)
         self.x, self.gate = heads_side_by_side(x), None if gate is None else heads_side_by_side(gate)
-        self.weight = None if weight is None else weight.to(wide).contiguous()
-        self.bias = None if bias is None else bias.to(wide).contiguous()
+        self.weight, self.bias = _widened(weight, wide), _widened(bias, wide)
 
     def fields(
         self, center: bool, activation: str, gate_first: bool, eps: float, run: int, config: Mapping[str, int]
     ) -> tuple[int, ...]:
         """The fields of native.cpp's Problem."""
         x, gate = self.x, self.gate
-        numbers = x.numel()
+        numbers, stride = x.numel(), x.stride()
+        gate_stride = (0, 0) if gate is None else gate.stride()
         return (
             *x.shape,
             center,
@@ -133,12 +133,20 @@ class _Given:
             numbers * x.element_size() >= config["around_cache_mib"] << 20,
             _bits(eps),
             x.data_ptr(),
-            *x.stride()[:2],
+            stride[0],
+            stride[1],
             address(gate),
-            *((0, 0) if gate is None else gate.stride()[:2]),
+            gate_stride[0],
+            gate_stride[1],
             address(self.weight),
             address(self.bias),
         )
+
+
+def _widened(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if parameter is None or (parameter.dtype == dtype and parameter.is_contiguous()):
+        return parameter
+    return parameter.to(dtype).contiguous()
 
 
 @functools.cache
