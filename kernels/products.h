@@ -1,4 +1,5 @@
-// Small matrices in the format of the sums, in tiles that stay in registers. All widths are whole vectors.
+// Small matrices in the format of the sums, in tiles that stay in registers, and running products of decays. All widths
+// are whole vectors.
 #pragma once
 #include "matrix.h"
 
@@ -56,8 +57,8 @@ OUTLINE void transpose(const S* from, int64_t rows, int64_t columns, int64_t fro
     }
 }
 
-// to [rows, columns] = a [rows, inner] b [inner, columns], or with `add` that more; rows is a multiple of kTile, columns
-// are whole vectors. Rows are a_width, b_width and to_width apart.
+// to [rows, columns] = a [rows, inner] b [inner, columns], or with `add` that more. rows is a multiple of kTile; they
+// lie a_width, b_width and to_width apart.
 template <class S>
 OUTLINE void product(int64_t rows, int64_t inner, int64_t columns, const S* a, int64_t a_width, const S* b,
                      int64_t b_width, S* to, int64_t to_width, bool add) {
@@ -90,7 +91,7 @@ OUTLINE void product(int64_t rows, int64_t inner, int64_t columns, const S* a, i
 }
 
 // to = from ∘ scale + aᵀ b for states [rows, columns], rows `columns` apart, and scale [columns]; a [inner, a_width],
-// b [inner, columns]. rows is a multiple of kTile, columns are whole vectors; from and to may be the same.
+// b [inner, columns]. rows is a multiple of kTile; from and to may be the same.
 template <class S>
 OUTLINE void advance(int64_t inner, int64_t rows, int64_t columns, const S* scale, const S* a, int64_t a_width,
                      const S* b, const S* from, S* to) {
@@ -120,4 +121,38 @@ OUTLINE void advance(int64_t inner, int64_t rows, int64_t columns, const S* scal
             }
         }
     });
+}
+
+// to[t] = the product of the decays of the rows behind t; total [width]: of all.
+template <class S>
+void products_after(int64_t rows, const S* decay, int64_t width, S* to, S* total) {
+    constexpr int W = kLanes<S>;
+    for (int64_t i = 0; i < width; i += W) {
+        auto product = all(S(1));
+        for (int64_t t = rows - 1; t >= 0; --t) {
+            store(to + t * width + i, product);
+            product *= load<W>(decay + t * width + i);
+        }
+        store(total + i, product);
+    }
+}
+
+// to[t] = the product of the decays of the rows before t, and with `own` its own.
+template <class S>
+void products_before(int64_t rows, const S* decay, int64_t width, bool own, S* to, S* total) {
+    constexpr int W = kLanes<S>;
+    for (int64_t i = 0; i < width; i += W) {
+        auto product = all(S(1));
+        for (int64_t t = 0; t < rows; ++t) {
+            auto longer = product * load<W>(decay + t * width + i);
+            store(to + t * width + i, own ? longer : product);
+            product = longer;
+        }
+        store(total + i, product);
+    }
+}
+
+template <class S>
+void multiply_by(S* to, const S* factors, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes<S>) store(to + i, load<kLanes<S>>(to + i) * load<kLanes<S>>(factors + i));
 }

@@ -54,9 +54,6 @@ void forward_share(const Forward& f, const Chunks& chunks, const Share& share, S
     S *v = decay + kForwardRows * width, *y = v + kForwardRows * stride;
     const Heads values = columns_from(p.v, share.column, p.format);
     const Heads out = columns_from(contiguous(f.y, p.rows, p.heads, V), share.column, p.format);
-    auto state = [&](const void* states, int64_t head) {
-        return states ? static_cast<S*>(const_cast<void*>(states)) + (n * p.heads + head) * K * V + share.column : nullptr;
-    };
     for (int64_t c = 0; c < chunks.count(n); ++c) {
         for (int64_t head = share.head; head < share.head + share.heads; ++head) {
             const Chunk chunk = chunks.chunk(n, head, c);
@@ -71,7 +68,8 @@ void forward_share(const Forward& f, const Chunks& chunks, const Share& share, S
                 for (int64_t i = t * stride; i < (t + 1) * stride; i += kLanes<S>)
                     store(y + i, all(own) * load<kLanes<S>>(v + i));
             }
-            S *to = state(f.final_state, head), *from = c > 0 ? to : state(p.initial_state, head);
+            S* to = state_of<S>(f.final_state, p, share, head);
+            const S* from = c > 0 ? to : state_of<S>(p.initial_state, p, share, head);
             for (int64_t i = 0; i < K; i += kTile) {
                 for_blocks<S>(columns, [&]<int N>(int64_t j) {
                     const int64_t at = i * V + j;
@@ -84,7 +82,8 @@ void forward_share(const Forward& f, const Chunks& chunks, const Share& share, S
     }
     if (chunks.count(n) > 0) return;
     for (int64_t head = share.head; head < share.head + share.heads; ++head) {
-        S *to = state(f.final_state, head), *from = state(p.initial_state, head);
+        S* to = state_of<S>(f.final_state, p, share, head);
+        const S* from = state_of<S>(p.initial_state, p, share, head);
         for (int64_t i = 0; i < K * V; i += V)
             for (int64_t j = 0; j < columns; ++j) to[i + j] = from ? from[i + j] : S(0);
     }

@@ -67,6 +67,14 @@ class Shares {
     }
 };
 
+// The columns of a share in a head's state among states [sequences, heads, keys, values]; null where there are none.
+template <class S>
+S* state_of(const void* states, const Problem& p, const Share& share, int64_t head) {
+    if (states == nullptr) return nullptr;
+    const int64_t number = share.sequence * p.heads + head;
+    return static_cast<S*>(const_cast<void*>(states)) + number * p.keys * p.values + share.column;
+}
+
 // The sum of a[i] b[i] c[i]; a and c have zeros behind them, up to whole vectors.
 template <class S>
 INLINE S dot_of_three(const S* a, const S* b, const S* c, int64_t n) {

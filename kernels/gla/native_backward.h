@@ -27,23 +27,24 @@ int64_t sweep_numbers(int64_t rows, int64_t width, int64_t stride) {
 
 // S before every chunk of a share's sequence.
 template <class S>
-void sweep_forward(const Backward& b, const Chunks& chunks, const Borders<S>& borders, const Share& share, S* scratch) {
+void sweep_forward(const Backward& b, const Chunks& chunks, const Borders<S>& borders, const Share& share,
+                   S* scratch) {
     const Problem& p = b.problem;
     const int64_t K = p.keys, V = p.values, n = share.sequence, last = share.head + share.heads;
     const int64_t width = borders.width, stride = whole_vectors<S>(share.columns), tile = share.column * width;
     const int64_t start = chunks.start(n), count = chunks.count(n);
     S *k = scratch, *decay = k + b.chunk * width, *after = decay + b.chunk * width, *v = after + b.chunk * width;
     S* total = v + b.chunk * stride;
+    const Heads values = columns_from(p.v, share.column, p.format);
     for (int64_t head = share.head; count > 0 && head < last; ++head) {
-        const S* initial = static_cast<const S*>(p.initial_state);
-        if (initial) initial += (n * p.heads + head) * K * V + share.column;
+        const S* initial = state_of<S>(p.initial_state, p, share, head);
         transpose_in(initial, K, share.columns, V, borders.state(start, head) + tile, stride, width);
     }
     for (int64_t c = 0; c + 1 < count; ++c) {
         for (int64_t head = share.head; head < last; ++head) {
             const Chunk chunk = chunks.chunk(n, head, c);
             read_rows<S>(p.k, p.format, chunk, K, 1, k, width, true);
-            read_rows<S>(columns_from(p.v, share.column, p.format), p.format, chunk, share.columns, 1, v, stride, true);
+            read_rows<S>(values, p.format, chunk, share.columns, 1, v, stride, true);
             read_decays<S>(p.log_decay, p.decays > 1, chunk, K, decay, width);
             products_after<S>(chunk.rows, decay, width, after, total);
             multiply_by(k, after, chunk.rows * width);
@@ -55,34 +56,34 @@ void sweep_forward(const Backward& b, const Chunks& chunks, const Borders<S>& bo
 
 // dS after every chunk, and dinitial_state.
 template <class S>
-void sweep_backward(const Backward& b, const Chunks& chunks, const Borders<S>& borders, const Share& share, S* scratch) {
+void sweep_backward(const Backward& b, const Chunks& chunks, const Borders<S>& borders, const Share& share,
+                    S* scratch) {
     const Problem& p = b.problem;
     const int64_t K = p.keys, V = p.values, n = share.sequence, last = share.head + share.heads;
     const int64_t width = borders.width, stride = whole_vectors<S>(share.columns), tile = share.column * width;
     const int64_t start = chunks.start(n), count = chunks.count(n);
     S *q = scratch, *decay = q + b.chunk * width, *before = decay + b.chunk * width, *dy = before + b.chunk * width;
     S *total = dy + b.chunk * stride, *dinitial = total + width;
-    auto state = [&](const void* states, int64_t head) {
-        return states ? static_cast<S*>(const_cast<void*>(states)) + (n * p.heads + head) * K * V + share.column : nullptr;
-    };
+    const Heads values = columns_from(b.dy, share.column, p.format);
     for (int64_t head = share.head; head < last; ++head) {
         S* to = count > 0 ? borders.dstate(start + count - 1, head) + tile : dinitial;
-        transpose_in(state(b.dfinal_state, head), K, share.columns, V, to, stride, width);
+        const S* dfinal = state_of<S>(b.dfinal_state, p, share, head);
+        transpose_in(dfinal, K, share.columns, V, to, stride, width);
         if (count == 0 && b.dinitial_state)
-            transpose_out(dinitial, width, K, share.columns, V, state(b.dinitial_state, head));
+            transpose_out(dinitial, width, K, share.columns, V, state_of<S>(b.dinitial_state, p, share, head));
     }
     for (int64_t c = count - 1; c >= (b.dinitial_state ? 0 : 1); --c) {
         for (int64_t head = share.head; head < last; ++head) {
             const Chunk chunk = chunks.chunk(n, head, c);
             read_rows<S>(p.q, p.format, chunk, K, 1, q, width, true);
-            read_rows<S>(columns_from(b.dy, share.column, p.format), p.format, chunk, share.columns, p.scale, dy, stride,
-                         true);
+            read_rows<S>(values, p.format, chunk, share.columns, p.scale, dy, stride, true);
             read_decays<S>(p.log_decay, p.decays > 1, chunk, K, decay, width);
             products_before<S>(chunk.rows, decay, width, p.bonus == nullptr, before, total);
             multiply_by(q, before, chunk.rows * width);
             S* to = c > 0 ? borders.dstate(start + c - 1, head) + tile : dinitial;
             advance<S>(chunk.rows, stride, width, total, dy, stride, q, borders.dstate(start + c, head) + tile, to);
-            if (c == 0) transpose_out(dinitial, width, K, share.columns, V, state(b.dinitial_state, head));
+            if (c > 0) continue;
+            transpose_out(dinitial, width, K, share.columns, V, state_of<S>(b.dinitial_state, p, share, head));
         }
     }
 }

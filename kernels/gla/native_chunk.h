@@ -14,40 +14,6 @@ namespace {
 // Rows of a step: their pairs are taken one by one.
 constexpr int64_t kRows = 16;
 
-// to[t] = the product of the decays of the rows behind t; total [width]: of all.
-template <class S>
-void products_after(int64_t rows, const S* decay, int64_t width, S* to, S* total) {
-    constexpr int W = kLanes<S>;
-    for (int64_t i = 0; i < width; i += W) {
-        auto product = all(S(1));
-        for (int64_t t = rows - 1; t >= 0; --t) {
-            store(to + t * width + i, product);
-            product *= load<W>(decay + t * width + i);
-        }
-        store(total + i, product);
-    }
-}
-
-// to[t] = the product of the decays of the rows before t, and with `own` its own.
-template <class S>
-void products_before(int64_t rows, const S* decay, int64_t width, bool own, S* to, S* total) {
-    constexpr int W = kLanes<S>;
-    for (int64_t i = 0; i < width; i += W) {
-        auto product = all(S(1));
-        for (int64_t t = 0; t < rows; ++t) {
-            auto longer = product * load<W>(decay + t * width + i);
-            store(to + t * width + i, own ? longer : product);
-            product = longer;
-        }
-        store(total + i, product);
-    }
-}
-
-template <class S>
-void multiply_by(S* to, const S* factors, int64_t n) {
-    for (int64_t i = 0; i < n; i += kLanes<S>) store(to + i, load<kLanes<S>>(to + i) * load<kLanes<S>>(factors + i));
-}
-
 // Where a chunk's rows lie in S, and what is made of them. Keys are `width` wide, values `stride`.
 template <class S>
 struct ChunkScratch {
@@ -93,8 +59,10 @@ void state_terms(const ChunkScratch<S>& c, const S* state, const S* dstate, int6
     constexpr int W = kLanes<S>;
     for (int64_t i = 0; i < c.width; i += W) {
         Lanes<S> sums[2] = {};
-        for (int64_t v = 0; v < values; ++v)
-            sums[v % 2] = multiply_add(load<W>(state + v * c.width + i), load<W>(dstate + v * c.width + i), sums[v % 2]);
+        for (int64_t v = 0; v < values; ++v) {
+            const int64_t at = v * c.width + i;
+            sums[v % 2] = multiply_add(load<W>(state + at), load<W>(dstate + at), sums[v % 2]);
+        }
         // from S to the rows from t on, or with a bonus behind it
         Lanes<S> onward = {};
         for (int64_t t = kRows - 1; t >= 0; --t) {
