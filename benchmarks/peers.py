@@ -137,7 +137,7 @@ def ratios(rounds: int) -> Iterator[Row]:
         if not found:
             continue
         runs = [subject.run("forward+backward") for subject in (ours("scan", given), *found.values())]
-        own, *others = medians(runs, max(3, rounds // (1 + number)))
+        own, *others = medians(runs, max(3, rounds // (3 + number)))
         times = dict(zip(found, others))
         logarithms += [math.log(own / seconds) for seconds in others]
         detail = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in sorted(times.items(), key=lambda t: t[1]))
