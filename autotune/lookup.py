@@ -117,7 +117,8 @@ def newest(records: Iterable[Record], source: str) -> dict[Candidate, Record]:
 
 def fastest(known: Mapping[Candidate, Record], candidates: Sequence[tuple[str, Config]]) -> Record | None:
     """The record to go by. Candidates come simplest first, and each keeps its place unless it is clearly beaten:
-    by more than 5 % of its median, and by more than the larger of the two spreads."""
+    by more than 5 % of its median, and by more than the larger of the two spreads (its own counts for half its median
+    at most)."""
     best: Record | None = None
     for backend, config in candidates:
         record = known.get(candidate(backend, config))
@@ -131,7 +132,8 @@ def fastest(known: Mapping[Candidate, Record], candidates: Sequence[tuple[str, C
 def _clearly_faster(challenger: Record, incumbent: Record) -> bool:
     (median, spread), (former_median, former_spread) = challenger.times, incumbent.times
     gap = former_median - median
-    return gap > MARGIN * former_median and gap > max(spread, former_spread)
+    # a slow one is no harder to beat for being noisy too: twice as fast is fast enough
+    return gap > MARGIN * former_median and gap > max(spread, min(former_spread, former_median / 2))
 
 
 def choose(key: Key, candidates: Sequence[tuple[str, Config]], source: str, compiled_source: str = "") -> Choice | None:

@@ -69,6 +69,9 @@ def test_the_fastest_is_chosen_with_its_config(make_key: Callable[..., Key], tab
         ((1.0, 0.0), (0.85, 0.2), "naive"),
         ((1.0, 0.1), (0.85, 0.1), "native"),
         ((0.9, 0.0), (1.0, 0.0), "naive"),
+        ((1.0, 2.0), (0.4, 0.0), "native"),
+        ((1.0, 2.0), (0.6, 0.0), "naive"),
+        ((1.0, 0.0), (0.4, 0.7), "naive"),
     ],
 )
 def test_the_simpler_stays_unless_clearly_beaten(
