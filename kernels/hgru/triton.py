@@ -8,6 +8,7 @@ triton_kernels.py. Under TRITON_INTERPRET=1 the kernels run on the CPU, slowly, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -203,14 +204,14 @@ class _Given:
 
     def launch(
         self,
-        kernel: object,
+        kernel: Any,
         read: Mapping[str, Tensor | None],
         rest: Mapping[str, Tensor | None],
         strides: Mapping[str, int],
         backward: bool | None = None,
     ) -> Launch:
         tensors = {**read, **rest, **self.fixed}
-        constants = {"REVERSE": self.reverse, "ACTIVATION": self.activation}
+        constants: dict[str, Any] = {"REVERSE": self.reverse, "ACTIVATION": self.activation}
         if backward is not None:
             # A walk against time meets its chunks from the last row on
             constants |= {"REVERSE": self.reverse != backward, "BACKWARD": backward}
