@@ -1,4 +1,4 @@
-"""The limits that the scan's speed must keep: `python benchmarks/acceptance.py`. Exit code 1 if one is missed.
+"""The limits that the scan's speed and a look-up must keep: `python benchmarks/acceptance.py`. Exit code 1 for a miss.
 
 What is compared is timed interleaved, so that a busy machine slows down both sides.
 """
@@ -6,15 +6,20 @@ What is compared is timed interleaved, so that a busy machine slows down both si
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from limits import Row, main, medians, trainer
 from torch import Tensor
 
+import autotune
 from kernels.scan import OP, native, scan
 
 SHAPE = (8, 2048, 1024)
+RECORDS = 100_000
 
 
 def ratios(rounds: int) -> Iterator[Row]:
@@ -76,5 +81,27 @@ def overheads(rounds: int) -> Iterator[Row]:
     yield Row("auto over naming the backend", auto_s - named_s, 4, "µs", f"{auto_s:.1f} µs, named {named_s:.1f} µs")
 
 
+def lookups(rounds: int) -> Iterator[Row]:
+    """A known key among a hundred thousand records of the device, and a key of one token."""
+    a, x = torch.rand(1, 512, 8), torch.rand(1, 512, 8)
+    known = OP.key(OP.problem_of("forward", (a, x, None, None, False, "auto")))
+    keys = {"T = 512": known, "T = 1": replace(known, length=1)}
+    others = [replace(known, sizes=(("B", n // 1000), ("D", 1 + n % 1000))) for n in range(RECORDS)]
+    offers: list[tuple[str, autotune.Config]] = [("naive", {}), ("native", {"block": 2048})]
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "table.jsonl"
+        made = autotune.Record(known, "native", {"block": 2048}, "ok", 1e-3, 1e-5, 9, source=OP.source)
+        table.write_text("".join(f"{replace(made, key=key).to_line()}\n" for key in [*others, *keys.values()]))
+        with autotune.using(table):
+            for what, key in keys.items():
+                (seconds,) = medians([lambda key=key: autotune.choose(key, offers, OP.source)], rounds)  # type: ignore[misc]
+                found = autotune.choose(key, offers, OP.source)
+                assert found is not None
+                assert found.origin == "exact"
+                yield Row(
+                    f"looking up a known key, {what}", 1e6 * seconds, 2, "µs", f"{RECORDS:,} records in the table"
+                )
+
+
 if __name__ == "__main__":
-    sys.exit(main(__doc__, (ratios, overheads)))
+    sys.exit(main(__doc__, (ratios, overheads, lookups)))
