@@ -322,7 +322,7 @@ def test_opcheck_with_keys_of_their_own() -> None:
         ({"log_decay": torch.ones(2, 4, 4)}, ValueError, "axis S is 5 in k but 4 in log_decay"),
         ({"log_decay": torch.ones(2, 5, 4, dtype=FLOAT64)}, TypeError, "log_decay is float64 .* must be float32"),
         ({"log_decay": torch.ones(2, 5, 4), "causal": False}, ValueError, "log_decay needs causal=True"),
-        ({"backend": "fast"}, ValueError, "no backend 'fast'; there are auto, naive, sdpa"),
+        ({"backend": "fast"}, ValueError, "no backend 'fast'; there are auto, naive, flex, sdpa"),
     ],
 )
 def test_wrong_calls(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -223,5 +223,5 @@ def test_heads_by_default_and_what_is_refused() -> None:
         mixer(x, mixer.init_state(3))
     with pytest.raises(ValueError, match="a bidirectional mixer has no state"):
         make(dtype=torch.float32, bidirectional=True)(x, mixer.init_state(2))
-    with pytest.raises(ValueError, match="there are auto, naive, sdpa"):
+    with pytest.raises(ValueError, match="there are auto, naive, flex, sdpa"):
         make(dtype=torch.float32, backend="flash")(x)

@@ -49,14 +49,17 @@ def attention(
         cu_seqlens: [N + 1] int32 or int64, needs q with B = 1: rows cu_seqlens[n] to cu_seqlens[n + 1] of q are the
             queries of sequence n, which may be none. Its keys are the same rows of k [1, T, G, K]; with starts and ends
             rows of k [1, S, G, K], which then may belong to several sequences; or k[n] where k is [N, S, G, K].
-        backend: "auto" (the tuned choice, else the last listed that can run) or "naive", "sdpa"; a named backend
+        backend: "auto" (the tuned choice, else "sdpa" where it can run), "naive", "flex" or "sdpa"; a named backend
             never falls back.
 
     Returns:
         y [B, T, H, V] in q's dtype; softmax and sums are accumulated in float32 (float64 for float64).
 
     q, k, v and log_decay have gradients and second ones; the latter are computed by the naive formula. With log_decay,
-    "sdpa" computes in float32 whatever is narrower, except for a few queries on CPU.
+    "sdpa" computes in float32 whatever is narrower, except for a few queries on CPU; "flex" does for the gradient of
+    log_decay only. "flex" is torch's FlexAttention: on a GPU with Triton, for a window, log_decay, packed sequences or
+    starts and ends, it compiles one kernel where "sdpa" launches one for every sequence or block of queries, and reads
+    nothing back to the host. It runs where it was measured to be faster, or is named.
 
     Raises:
         TypeError: a dtype does not fit. ValueError: a shape, device, index, option or backend name does not fit.
@@ -191,6 +194,7 @@ OP = Op(
     gradients={"q": "q", "k": "k", "v": "v", "log_decay": "log_decay"},
     backends=(
         Backend("naive", "kernels.attention.naive"),
+        Backend("flex", "kernels.attention.flex", devices=("cuda",), foreign=True),
         Backend("sdpa", "kernels.attention.sdpa", devices=("cpu", "cuda")),
     ),
     sample=_sample,

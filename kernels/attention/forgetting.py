@@ -138,7 +138,7 @@ class Work:
             dq, dk, dv = fused.backward(dy, self.q, self.k, self.v, *rest)
             dq = dq.masked_fill(blind[..., None], 0)
             ends = self.spans[1]
-            dlog_decay = _before(dk[..., -1])
+            dlog_decay = before(dk[..., -1])
             if ends is not None:
                 outside = torch.arange(k.shape[1], device=k.device) >= ends[:, None]
                 dlog_decay = dlog_decay.masked_fill(outside[..., None], 0)
@@ -155,7 +155,7 @@ class Work:
                     parts = fused.backward(dy[b, rows], *operands, y[b, rows], lse[b, rows], hide, False, 1.0)
                     for whole, part, where in zip((dq, dk, dv), parts, (rows, keys, keys)):
                         whole[b, where] += part
-                dlog_decay[segment.batch, segment.keys] += _before(of_keys)
+                dlog_decay[segment.batch, segment.keys] += before(of_keys)
         groups = k.shape[2]
         dq = (dq[..., : q.shape[3]] * self.scale).to(q.dtype)
         dk, dv = (
@@ -231,6 +231,6 @@ def _least(q: Tensor, own: Tensor, longest: Tensor) -> Tensor:
     return math.log(torch.finfo(q.dtype).tiny) / 2 - ahead
 
 
-def _before(of_keys: Tensor) -> Tensor:
+def before(of_keys: Tensor) -> Tensor:
     """[B, S, H]: the sums over all keys before each."""
     return F.pad(of_keys[:, :-1].double().cumsum(1), (0, 0, 1, 0))
