@@ -82,7 +82,7 @@ class Based(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = taylor(q), taylor(k)
+        q, k = taylor(torch.stack([q, k])).unbind()
         y, S = attend(q, k, v, state["S"], True, cu_seqlens, self.backend, eps=1e-12)
         y, after = self.o_proj(y.flatten(-2)), {"S": S}
         if self.window is not None:
@@ -104,6 +104,6 @@ def taylor(x: Tensor) -> Tensor:
     d = x.shape[-1]
     row, column = torch.triu_indices(d, d, device=x.device)
     # x_i x_j stands for x_j x_i too, whose products are summed: twice the square, but not on the diagonal
-    weight = (row != column).to(x.dtype) * (1 - math.sqrt(0.5)) + math.sqrt(0.5)
-    pairs = x[..., row] * x[..., column] * (weight / math.sqrt(d))
-    return torch.cat([torch.ones_like(x[..., :1]), x / d**0.25, pairs], -1)
+    weight = torch.where(row == column, math.sqrt(0.5), 1.0).to(x.dtype)
+    x = x / d**0.25
+    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight], -1)

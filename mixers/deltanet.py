@@ -141,9 +141,10 @@ class ConvolvedQKV(nn.Module):
             qkv, after["conv"] = short_conv(
                 qkv, self.conv_weight, self.conv_bias, before, activation="silu", cu_seqlens=cu_seqlens
             )
-        q, k, v = qkv.split(self.widths, -1)
-        q, k = (self._serve(unit(split(rows, self.heads))) for rows in (q, k))
-        return q, k, split(v, self.value_heads), after
+        keys, _, values = self.widths
+        qk, v = qkv.split([2 * keys, values], -1)
+        q, k = unit(split(qk, 2 * self.heads)).split(self.heads, 2)
+        return self._serve(q), self._serve(k), split(v, self.value_heads), after
 
     def _serve(self, x: Tensor) -> Tensor:
         times = self.value_heads // self.heads

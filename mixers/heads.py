@@ -27,7 +27,7 @@ def heads_for(who: str, heads: int | None, width: int, *dims: int) -> int:
 
 def split(x: Tensor, heads: int) -> Tensor:
     """[B, T, H · K] -> [B, T, H, K]"""
-    return x.unflatten(-1, (heads, -1))
+    return torch.unflatten(x, -1, (heads, -1))
 
 
 class GatedNorm(nn.Module):
@@ -79,5 +79,8 @@ def previous(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tenso
 
     Both in x's dtype; a packed sequence never sees another's token.
     """
+    if cu_seqlens is None:
+        # a copy of the last: a view would keep all the other tokens in memory
+        return torch.cat([state.to(x.dtype), x], 1)[:, :-1], x[:, -1:].clone()
     taps = torch.arange(1, -1, -1, device=x.device, dtype=x.dtype).expand(x.shape[-1], 2).contiguous()
     return short_conv(x, taps, None, state.to(x.dtype), cu_seqlens=cu_seqlens)

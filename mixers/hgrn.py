@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.hgru import hgru
@@ -111,7 +110,8 @@ class HGRN(LowerBounded, SequenceMixer):
         if not self.causal:
             h = h + self.recur(i, f, None, 1, cu_seqlens)[0]
         if self.complex:
-            h = rearrange(h, "b t d pair -> b t (pair d)")
+            # [Re h | Im h]
+            h = h.transpose(-1, -2).flatten(-2)
         return self.o_proj(self.norm(h, g)), after if self.causal else None
 
     def recur(

@@ -91,7 +91,8 @@ class MLSTM(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        i, log_f = self._gate(x, self.i_proj), F.logsigmoid(self._gate(x, self.f_proj))
+        i, f = self._gates(x)
+        log_f = F.logsigmoid(f)
         keep = kept(i, log_f, state["m"], cu_seqlens)
         m, last = scan(keep.to(i.dtype), torch.where(keep, log_f, i), state["m"], cu_seqlens=cu_seqlens)
         before, _ = previous(m, state["m"][:, None], cu_seqlens)
@@ -108,12 +109,15 @@ class MLSTM(SequenceMixer):
         h = y[..., :-1] / (torch.maximum(y[..., -1:].abs(), floor) + self.EPS)
         return self.o_proj(self.norm(h.to(v.dtype), self.g_proj(x))), {"S": S, "m": last}
 
-    def _gate(self, x: Tensor, projection: nn.Linear) -> Tensor:
-        """Logits [B, T, H] in float32 or wider, under autocast too: they stand in an exponent."""
-        wide = state_dtype(x.dtype)
+    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Logits of i and f [B, T, H] in float32 or wider, under autocast too: they stand in an exponent."""
+        wide, projections = state_dtype(x.dtype), (self.i_proj, self.f_proj)
+        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(wide), projection.weight.to(wide), projection.bias.to(wide))
-        return logits if self.gate_cap is None else self.gate_cap * torch.tanh(logits / self.gate_cap)
+            logits = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
+        if self.gate_cap is not None:
+            logits = self.gate_cap * torch.tanh(logits / self.gate_cap)
+        return logits.split(self.heads, -1)
 
 
 @torch.no_grad()
@@ -125,14 +129,14 @@ def kept(i: Tensor, log_f: Tensor, m: Tensor, cu_seqlens: Tensor | None) -> Tens
     """
     exact = torch.float64 if i.device.type != "mps" else torch.float32
     i, log_f, m = (t.to(exact) for t in (i, log_f, m))
-    packing = Packing.of(i, cu_seqlens, False)
     total = log_f.cumsum(1)
-    own = i - total
-    first = Packing.spread(packing.first_rows(), own)
-    carried = packing.of_each_row(m) - (total - log_f)
-    best = torch.where(first, torch.maximum(own, carried), own)
-    if packing.owner is not None:
+    own, carried = i - total, m[:, None]
+    if cu_seqlens is not None:
+        packing = Packing.of(i, cu_seqlens, False)
+        assert packing.owner is not None
+        carried = packing.of_each_row(m - packing.at_first_rows(total - log_f))
         # raises every sequence above those before it, so that their maximum ends there
-        lift = Packing.spread(packing.owner, own) * (best.amax() - best.amin() + 1)
-        own, best = own + lift, best + lift
-    return best.cummax(1).values > own
+        both = torch.stack([own, carried])
+        lift = Packing.spread(packing.owner, own) * (both.amax() - both.amin() + 1)
+        own, carried = own + lift, carried + lift
+    return torch.maximum(own.cummax(1).values, carried) > own

@@ -84,7 +84,7 @@ class RetNet(SequenceMixer):
         positions, length = _positions(x, state["length"], cu_seqlens)
         q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
         wide = state["S"].dtype
-        log_decay = torch.log1p(-torch.exp2(-5 - torch.arange(self.heads, device=x.device, dtype=wide)))
+        log_decay = torch.log1p(-torch.exp2(torch.arange(-5, -5 - self.heads, -1, device=x.device, dtype=wide)))
         log_decay = log_decay.expand(*x.shape[:2], -1).contiguous()
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         return self.o_proj(self.norm(y, self.g_proj(x))), {"S": S, "length": length}

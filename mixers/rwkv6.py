@@ -107,7 +107,8 @@ class RWKV6(SequenceMixer):
 
     def shifted(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """x plus shares of delta, one [B, T, dim] for each of INPUTS."""
-        down = torch.tanh((x + delta * self.mu.to(x.dtype)) @ self.mu_down.to(x.dtype))
-        shares = torch.einsum("btjr,jrd->jbtd", split(down, len(INPUTS)), self.mu_up.to(x.dtype))
-        mixed = x + delta * (self.mu_inputs.to(x.dtype)[:, None, None] + shares)
-        return mixed.unbind(0)
+        down = torch.tanh(torch.addcmul(x, delta, self.mu.to(x.dtype)) @ self.mu_down.to(x.dtype))
+        # [inputs, B · T, rank]
+        down = split(down, len(INPUTS)).flatten(0, 1).transpose(0, 1)
+        shares = torch.baddbmm(self.mu_inputs.to(x.dtype)[:, None], down, self.mu_up.to(x.dtype))
+        return torch.addcmul(x, delta, shares.view(-1, *x.shape)).unbind()

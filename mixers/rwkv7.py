@@ -125,8 +125,7 @@ class RWKV7(SequenceMixer):
         x = x.to(activation_dtype(x))
         wide = state_dtype(x.dtype)
         before, last = previous(x, state["x"], cu_seqlens)
-        step = before - x
-        xr, xw, xk, xv, xa, xg = (x + step * mix.to(x.dtype) for mix in self.mixes.unbind())
+        xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, self.mixes.to(x.dtype)[:, None, None]).unbind()
         r, u, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
         log_decay = -math.exp(-0.5) * torch.sigmoid(self.w_up(torch.tanh(self.w_down(xw))).to(wide))
         rate = torch.sigmoid(self.a_up(self.a_down(xa)).to(wide))
