@@ -27,7 +27,7 @@ from mixers.commands import common
 # Whose problems the shipped tables have: every op that compiles for GPUs, in the forms that layers give it.
 MIXERS = ("hgrn", "lru", "mingru", "rglru", "gated_deltanet", "gla", "mamba2")
 DIMS, BATCHES, LENGTHS = (1024, 2048), (1, 8), (512, 4096, 32768)
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16,)
 # What static.md shows in full
 SHOWN_DIM, SHOWN_BATCH, SHOWN_LENGTH = 1024, 8, 4096
 # The floors: one sequence of so many channels, or so many together, and so many steps
