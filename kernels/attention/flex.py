@@ -173,7 +173,7 @@ def _call(
     # what is a constant to torch.compile, or decides between graphs
     constants = torch.is_grad_enabled(), q.dtype, H, G, K, V, len(sums), own, scale
     graph = _graph(*constants, B == 1, T <= BLOCK, S <= BLOCK, S == 1, T == S)
-    return graph(q, k, v, *bounds, *sums, own=own, scale=scale)
+    return graph(q, k, v, *bounds, *sums, own=own, scale=repr(scale))
 
 
 @cache
@@ -184,9 +184,12 @@ def _graph(*kind: Any) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, *sums: Tensor, own: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, *sums: Tensor, own: bool, scale: str
 ) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, V] and lse [B, T, H] of the keys first [B, T] <= s < last [B, T] and what `_sums` returns, if any."""
+    """y [B, T, H, V] and lse [B, T, H] of the keys first [B, T] <= s < last [B, T] and what `_sums` returns, if any.
+
+    scale is the number's text, a constant to torch.compile, to which numbers are variables.
+    """
     # imports torch.compile's machinery, and so is not imported with the package
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
@@ -203,6 +206,6 @@ def _attend(
     )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     bias, wanted = forgotten if sums else None, AuxRequest(lse=True)
-    y, more = flex_attention(q, k, v, bias, mask, scale, enable_gqa=True, return_aux=wanted)
+    y, more = flex_attention(q, k, v, bias, mask, float(scale), enable_gqa=True, return_aux=wanted)
     assert more.lse is not None
     return y.transpose(1, 2), more.lse.transpose(1, 2)
