@@ -21,6 +21,12 @@ struct Backward {
     void *partials, *sums;      // [runs, width + 1, columns], [width + 1, columns]: of the taps and the bias; or null
 };
 
+struct Transpose {
+    const void* from;  // [rows, columns], elements apart as these say
+    int64_t row_stride, column_stride, rows, columns, bytes;
+    void* to;  // [columns, rows]
+};
+
 // A row of results is computed in its place, or in a buffer if it is to go around the cache or is not needed.
 template <class T>
 struct Place {
@@ -165,6 +171,14 @@ void backward(const Backward& b) {
     if (b.partials) add_partials<S>(b, cut.runs);
 }
 
+template <class S>
+void transpose(const Transpose& t) {
+    const S* from = static_cast<const S*>(t.from);
+    S* to = static_cast<S*>(t.to);
+    for (int64_t j = 0; j < t.columns; ++j)
+        for (int64_t i = 0; i < t.rows; ++i) to[j * t.rows + i] = from[i * t.row_stride + j * t.column_stride];
+}
+
 // Calls f with the format of x. native.py counts them in this order.
 template <class F>
 void with_format(const Problem& p, const F& f) {
@@ -178,10 +192,14 @@ void with_format(const Problem& p, const F& f) {
 
 }  // namespace
 
-static_assert(sizeof(Forward) == 20 * 8 && sizeof(Backward) == 26 * 8, "native.py packs this many fields");
+static_assert(sizeof(Forward) == 20 * 8 && sizeof(Backward) == 26 * 8 && sizeof(Transpose) == 7 * 8,
+              "native.py packs this many fields");
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
+void short_conv_transpose(const Transpose* p) {
+    p->bytes == sizeof(double) ? transpose<double>(*p) : transpose<float>(*p);
+}
 void short_conv_forward(const Forward* p) {
     with_format(p->problem, [&]<class T>() { forward<T>(*p); });
 }
