@@ -73,7 +73,7 @@ def forward(
     """y [B, T, H, V] and lse [B, T, H]; zeros and -inf for queries that see no key. Computes in q's dtype."""
     sight = Sight.of(q, k, starts, ends, cu_seqlens, causal=causal, window=window)
     with torch.no_grad():
-        y, lse = _call(q, k, v, sight, _own(starts, ends, q), _sums(log_decay, sight), scale)
+        y, lse = _call(q.detach(), k.detach(), v.detach(), sight, _own(starts, ends, q), _sums(log_decay, sight), scale)
     return y[..., : v.shape[3]].contiguous(), lse.contiguous()
 
 
