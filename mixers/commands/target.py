@@ -25,7 +25,7 @@ from kernels.problem import Problem
 from mixers.commands import common
 
 # Whose problems the shipped tables have: every op that compiles for GPUs, in the forms that layers give it.
-MIXERS = ("hgrn", "lru", "mingru", "rglru", "gated_deltanet", "gla", "mamba2")
+MIXERS = ("hgrn", "lru", "mingru", "rglru", "gated_deltanet", "rwkv7", "gla", "mamba", "mamba2")
 DIMS, BATCHES, LENGTHS = (1024, 2048), (1, 8), (512, 4096, 32768)
 DTYPES = (torch.bfloat16,)
 # What static.md shows in full
