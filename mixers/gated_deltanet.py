@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels.delta_rule import delta_rule
 from kernels.problem import state_dtype
 from mixers.deltanet import ConvolvedQKV
-from mixers.heads import GatedNorm, split
+from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
 from mixers.registry import register
 
@@ -108,7 +108,7 @@ class GatedDeltaNet(SequenceMixer):
         q, k, v, after = self.qkv(x, state, cu_seqlens)
         wide = state_dtype(q.dtype)
         beta = self.largest_beta * torch.sigmoid(self.beta_proj(x).to(wide))
-        log_decay = log_decays(split(self.decay_proj(x), self.value_heads), self.A_log, self.dt_bias)[..., 0]
+        log_decay = log_decays(self.decay_proj(x), self.A_log, self.dt_bias)
         y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         y = self.norm(y, None if self.g_proj is None else self.g_proj(x))
         return self.o_proj(y), {"S": S, **after}
@@ -123,7 +123,6 @@ def decay_parameters(heads: int, channels: int, *, smallest: float) -> tuple[nn.
 
 
 def log_decays(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
-    """−exp(A_log) softplus(x + bias) in the state dtype, x and the result [B, T, H, J], A_log [H], bias [H · J]."""
+    """−exp(A_log) softplus(x + bias) in the state dtype; A_log and bias have the last axes of x."""
     wide = state_dtype(x.dtype)
-    step = F.softplus(x.to(wide) + bias.to(wide).unflatten(0, x.shape[2:]))
-    return -A_log.to(wide).exp()[:, None] * step
+    return -A_log.to(wide).exp() * F.softplus(x.to(wide) + bias.to(wide))

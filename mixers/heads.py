@@ -26,7 +26,7 @@ def heads_for(who: str, heads: int | None, width: int, *dims: int) -> int:
 
 
 def split(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H · K] -> [B, T, H, K]"""
+    """[..., H · K] -> [..., H, K]"""
     return torch.unflatten(x, -1, (heads, -1))
 
 

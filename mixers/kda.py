@@ -97,6 +97,7 @@ class KDA(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, after = self.qkv(x, state, cu_seqlens)
         beta = self.largest_beta * torch.sigmoid(self.beta_proj(x).to(state_dtype(q.dtype)))
-        log_decay = log_decays(split(self.decay_proj(x), self.heads), self.A_log, self.dt_bias)
+        decay = split(self.decay_proj(x), self.heads)
+        log_decay = log_decays(decay, self.A_log[:, None], split(self.dt_bias, self.heads))
         y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         return self.o_proj(self.norm(y, self.g_proj(x))), {"S": S, **after}

@@ -98,15 +98,15 @@ class MLSTM(SequenceMixer):
         before, _ = previous(m, state["m"][:, None], cu_seqlens)
         # where the maximum is kept, the decay is 1: the two forms agree but for rounding
         log_decay = torch.where(keep, 0.0, log_f + before - m).clamp_max(0.0)
-        k = ((i - m).exp()[..., None] * k.to(m.dtype)).to(k.dtype)
+        k = ((i - m).exp().unsqueeze(-1) * k.to(m.dtype)).to(k.dtype)
         # the sum of the keys, n, is what a value of 1 would come to
         y, S = gla(
             q, k, F.pad(v, (0, 1), value=1.0), log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend
         )
-        y = y.to(m.dtype)
+        h, n = y.to(m.dtype).split([self.value_width, 1], -1)
         # e^{-m}, short of infinity, where h is 0 anyway
-        floor = (-m.clamp_min(math.log(torch.finfo(m.dtype).tiny))).exp()[..., None]
-        h = y[..., :-1] / (torch.maximum(y[..., -1:].abs(), floor) + self.EPS)
+        floor = (-m.clamp_min(math.log(torch.finfo(m.dtype).tiny))).exp()
+        h = h / (torch.maximum(n.abs(), floor.unsqueeze(-1)) + self.EPS)
         return self.o_proj(self.norm(h.to(v.dtype), self.g_proj(x))), {"S": S, "m": last}
 
     def _gates(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -122,8 +122,8 @@ def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     """
     half = x.shape[-1] // 2
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
-    angle = (positions.to(dtype)[..., None] * frequency)[:, :, None]
-    x1, x2 = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype)
+    frequency = base ** (torch.arange(0, -half, -1, device=x.device, dtype=dtype) / half)
+    angle = positions[:, :, None, None] * frequency
+    x1, x2, rest = x.to(dtype).split([half, half, x.shape[-1] - 2 * half], -1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x1 * sin + x2 * cos).to(x.dtype), x[..., 2 * half :]], -1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], -1).to(x.dtype)
