@@ -150,3 +150,17 @@ def test_unknown_targets_are_named() -> None:
     with pytest.raises(ValueError, match="no target 'hopper'; there are sm_80, sm_90, sm_100, gfx942"):
         card("hopper")
     assert H100.fingerprint == "nvidia-h100-80gb-hbm3-sm90"
+
+
+def test_what_is_shipped_was_made_from_these_sources() -> None:
+    """For every op with Triton kernels and every card; after a change: `mixers calibrate --target ...` of all four."""
+    ops = {name for name, op in OPS.items() if any(b.name == "triton" for b in op.backends)}
+    known = json.loads((Path(__file__).parents[1] / "docs" / "speed" / "static.json").read_text())
+    for target, where in CARDS.items():
+        records = autotune.Store(lookup.SHIPPED / f"{where.fingerprint}.jsonl").read()
+        assert {record.key.op for record in records} == ops
+        assert not {r.key.op for r in records if r.source != OPS[r.key.op].compiled_source}, target
+        # every config of every kernel, and none that spills or does not fit
+        kernels = known[target]["kernels"]
+        assert {row["op"] for row in kernels} == ops
+        assert not [row for row in kernels if row["spills"] or row["fault"]], target

@@ -8,9 +8,9 @@ from tests.triton_interpreter import run
 
 
 # In two halves, for two cores
-@pytest.mark.parametrize("half, kernels", [("not backward", 52), ("backward", 50)])
+@pytest.mark.parametrize("half, kernels", [("not backward", 18), ("backward", 12)])
 def test_representative_kernels(half: str, kernels: int) -> None:
-    assert run("triton_compile.py", "-m", "not long", "-k", half, interpret=False) >= kernels
+    assert run("triton_compile.py", "-m", "not long", "-k", half, interpret=False, share=4) >= kernels
 
 
 @pytest.mark.long

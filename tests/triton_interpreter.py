@@ -16,6 +16,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,16 @@ import torch
 TESTS = Path(__file__).parent
 
 
-def run(script: str, *arguments: str, interpret: bool) -> int:
-    """Runs the tests in tests/apart/<script>; the number of kernels launched or compiled, or a failure with the log."""
+def run(script: str, *arguments: str, interpret: bool, share: int = 1) -> int:
+    """Runs the tests in tests/apart/<script>; the number of kernels launched or compiled, or a failure with the log.
+
+    share: of every `share` neighbours among the cases of a test one is run, another one each time: of cases for four
+    targets (which are neighbours where `target` is the first decorator) one target, of forward and backward one. With
+    HYPOTHESIS_PROFILE=long all are run.
+    """
+    share = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else share
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_TESTS_SHARE"] = str(share)
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
@@ -57,6 +65,17 @@ class Traffic:
     @property
     def moved(self) -> int:
         return self.read + self.written
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share, seen, left = int(os.environ.get("TRITON_TESTS_SHARE", "1")), Counter[str](), []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if (seen[test] + seen[test] // share) % share:
+            left.append(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 _kernels = 0

@@ -26,7 +26,7 @@ def test_warmup_tunes_what_the_program_meets_and_leaves_nothing_behind(store: au
     before = torch.get_rng_state()
     made = autotune.warmup(mixer, x, lengths=[40, 1], seconds=4)
     met = {(p.direction, p.sizes["T"], p.dtype_name) for p in made}
-    assert met == {(d, t, "float32+bfloat16") for d in ("forward", "backward") for t in (40, 1)}
+    assert met == {(d, t, "bfloat16") for d in ("forward", "backward") for t in (40, 1)}
     assert {record.key.length for record in store.read()} == {64, 1}
     assert all(parameter.grad is None for parameter in mixer.parameters())
     assert torch.equal(torch.get_rng_state(), before)
@@ -42,7 +42,7 @@ def test_warmup_starts_with_the_most_expensive_and_says_how_far_it_is() -> None:
     autotune.warmup(
         mixers.build("mingru", 4), torch.randn(1, 3, 4), lengths=[2, 300], seconds=1, progress=lambda *s: said.append(s)
     )
-    assert said[0][2].startswith("scan backward")
+    assert said[0][2].startswith("hgru backward")
     assert said[-1] == (4, 4, "done")
 
 
@@ -58,7 +58,7 @@ def test_explain_says_what_runs() -> None:
     found = autotune.explain(mixers.build("mingru", 4), torch.randn(1, 7, 4))
     assert [each.problem.direction for each in found] == ["forward", "backward"]
     text = str(found[0])
-    assert text.startswith("scan forward [")
+    assert text.startswith("hgru forward [")
     assert ": by rule, for nothing was measured" in text
     assert "  triton: cannot, " in text
 
