@@ -133,7 +133,7 @@ def report(console: Console, found: list[Explanation]) -> None:
         if best and best.record and best.record.status == "ok" and best.record.key == op.key(each.problem):
             median = best.record.times[0]
             time, rate = common.seconds(median), f"{op.cost(each.problem).bytes / median / 1e9:.3g}"
-            beats = _beaten(each) or "nothing else was right"
+            beats = _beaten(each) or "nothing else was timed"
         chosen = Text(f"{each.plan.backend.name} ", "bold green").append(common.config(each.plan.config), "not bold")
         table.add_row(Text(str(each.problem)), chosen, time, rate, beats)
     console.print(table)
