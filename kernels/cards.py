@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from autotune.device import slug
 
+# Steps of a sequence from which several short launches may take less time than one walk
+LONG = 1024
+
 
 @dataclass(frozen=True)
 class Card:

@@ -29,16 +29,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import autotune
-from kernels.cards import Card, card
+from kernels.cards import LONG, Card, card
 from kernels.catalogue import OPS
 from kernels.op import Config, Op
 from kernels.problem import Problem
 
 if TYPE_CHECKING:
     from kernels.triton_aot import Compiled
-
-# Steps of a sequence from which several launches may be worth more than one
-LONG = 1024
 
 # Called with what is compiled and what there is to compile
 Progress = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""What launches of Triton kernels of recurrences with a vector state share: layouts, widths, and the split of time."""
+"""What launches of Triton kernels share; for recurrences with a vector state also layouts, widths, split time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ import triton
 from torch import Tensor
 
 from kernels import triton_aot
+from kernels.cards import CARDS, LONG
 from kernels.problem import Problem, state_dtype
 
 CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
-# Of an H100, where there is no GPU to ask
-MULTIPROCESSORS = 132
-# Steps of a sequence from which three short launches take less time than one walk
-LONG = 1024
 # From so many steps on, chunks of 256 steps: the launch over chunks is then no longer a walk than the other two
 VERY_LONG = 2**15
 
@@ -33,15 +30,23 @@ class Launch:
     programs: int
     arguments: dict[str, Any]
     num_warps: int
+    # Of loads on their way; None: Triton's own choice
+    num_stages: int | None = None
+    # A thread's at most, where the compiler can be told (NVIDIA); None: as many as it likes
+    registers: int | None = None
+
+    def options(self, nvidia: bool) -> dict[str, int]:
+        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        chosen |= {"maxnreg": self.registers} if nvidia else {}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def __call__(self, device: torch.device) -> None:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+            self.kernel[(self.programs,)](**self.arguments, **self.options(torch.version.hip is None))
 
     def compile_for(self, target: str) -> triton_aot.Compiled:
-        return triton_aot.compile_kernel(
-            self.kernel, self.arguments, target, programs=self.programs, num_warps=self.num_warps
-        )
+        options = self.options(target.startswith("sm_"))
+        return triton_aot.compile_kernel(self.kernel, self.arguments, target, programs=self.programs, **options)
 
 
 def missing(device: torch.device, interpreted: bool) -> list[str]:
@@ -63,8 +68,9 @@ def lanes(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """An H100's, where there is no GPU to ask."""
     if device.type != "cuda" or not torch.cuda.is_available():
-        return MULTIPROCESSORS
+        return CARDS["sm_90"].multiprocessors
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

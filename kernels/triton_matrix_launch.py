@@ -5,20 +5,18 @@ Under TRITON_INTERPRET=1 they run on the CPU, slowly, for tests. triton_matrix.p
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_aot
 from kernels.problem import Problem, state_dtype
+from kernels.triton_aot import Compiled
+from kernels.triton_launch import CONSTANTS, Launch, compile_all
 from kernels.triton_launch import missing as no_triton
 
-CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 # The bytes of the keys of a state, some columns of which must fit into a program's registers
 MOST_BYTES = 2048
 # A thread's
@@ -41,29 +39,26 @@ def missing(problem: Problem, interpreted: bool, axes: str) -> list[str]:
     return reasons
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel and everything that it is launched with."""
+def configs(problem: Problem) -> Sequence[dict[str, int]]:
+    """Candidates for the tuner, the default first.
 
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    num_warps: int
-    registers: int
+    numbers: of the state to a thread. num_warps: of a program, which has so many values as that allows. rows: from one
+    state that is kept for the backward pass to the next.
+    """
+    if problem.direction == "forward":
+        return [
+            {"numbers": 8, "num_warps": 4, "rows": 32},
+            {"numbers": 16, "num_warps": 2, "rows": 32},
+            {"numbers": 8, "num_warps": 1, "rows": 32},
+        ]
+    return [{"numbers": 8, "num_warps": 4, "rows": 32}, {"numbers": 8, "num_warps": 2, "rows": 32}]
 
-    def options(self, nvidia: bool) -> dict[str, int]:
-        # one stage: what a program has left in memory it reads again, so no load may move before a store
-        options = {"num_warps": self.num_warps, "num_stages": 1}
-        # without a bound NVIDIA's assembler spills some registers so that more threads are resident
-        return {**options, "maxnreg": self.registers} if nvidia else options
 
-    def __call__(self, device: torch.device) -> None:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, **self.options(torch.version.hip is None))
-
-    def compile_for(self, target: str) -> triton_aot.Compiled:
-        options = self.options(target.startswith("sm_"))
-        return triton_aot.compile_kernel(self.kernel, self.arguments, target, programs=self.programs, **options)
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], num_warps: int, dtype: torch.dtype) -> Launch:
+    """Of a kernel that walks back over states it has left in memory. dtype: of the state."""
+    # one stage: what a program has left in memory it reads again, so no load may move before a store; and without a
+    # bound NVIDIA's assembler spills some registers so that more threads are resident
+    return Launch(kernel, programs, arguments, num_warps, num_stages=1, registers=REGISTERS[dtype])
 
 
 class Recurrence:
@@ -120,14 +115,14 @@ class Recurrence:
         self.backward(dy, dfinal_state, kept, found)(kept.device)
         return self.summed(found)
 
-    def compiled(self, target: str, direction: str) -> list[triton_aot.Compiled]:
+    def compiled(self, target: str, direction: str) -> list[Compiled]:
         """What one direction would launch; backward with every gradient, and with one of the final state where there
         is an initial state."""
         if direction == "forward":
-            return [self.forward(self.like, self.state(), None).compile_for(target)]
+            return compile_all([self.forward(self.like, self.state(), None)], target)
         every = dict.fromkeys((*self.rows, "initial", *self.parameters), True)
         backward = self.backward(self.like, self.initial, self.kept(), self.gradients(every))
-        return [self.forward(None, None, self.kept()).compile_for(target), backward.compile_for(target)]
+        return compile_all([self.forward(None, None, self.kept()), backward], target)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.like.new_empty(shape, dtype=dtype or self.dtype)
@@ -209,7 +204,7 @@ class Recurrence:
             "BK": self.BK,
             "BV": self.BV,
         }
-        return Launch(kernel, self.programs, arguments, self.config["num_warps"], REGISTERS[self.dtype])
+        return launch(kernel, self.programs, arguments, self.config["num_warps"], self.dtype)
 
 
 def contiguous(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -14,10 +14,10 @@ import autotune
 from autotune import lookup
 from kernels import predict
 from kernels.agreement import pose
-from kernels.cards import CARDS, card
+from kernels.cards import CARDS, LONG, card
 from kernels.catalogue import OPS
 from kernels.explain import explain
-from kernels.predict import LONG, Estimate, order
+from kernels.predict import Estimate, order
 from kernels.problem import Problem
 from mixers import predicted
 from mixers.commands import target as targets

@@ -34,8 +34,8 @@ def run(script: str, *arguments: str, interpret: bool, share: int = 1) -> int:
     """Runs the tests in tests/apart/<script>; the number of kernels launched or compiled, or a failure with the log.
 
     share: of every `share` neighbours among the cases of a test one is run, another one each time: of cases for four
-    targets (which are neighbours where `target` is the first decorator) one target, of forward and backward one. With
-    HYPOTHESIS_PROFILE=long all are run.
+    targets (which are neighbours where `target` is the first decorator) one target, of forward and backward one. Of one
+    or two cases all are run, and with HYPOTHESIS_PROFILE=long of any number.
     """
     share = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else share
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -68,10 +68,11 @@ class Traffic:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    share, seen, left = int(os.environ.get("TRITON_TESTS_SHARE", "1")), Counter[str](), []
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        if (seen[test] + seen[test] // share) % share:
+    share, left = int(os.environ.get("TRITON_TESTS_SHARE", "1")), []
+    tests = [item.nodeid.partition("[")[0] for item in items]
+    cases, seen = Counter(tests), Counter[str]()
+    for item, test in zip(items, tests):
+        if cases[test] > 2 and (seen[test] + seen[test] // share) % share:
             left.append(item)
         seen[test] += 1
     config.hook.pytest_deselected(items=left)

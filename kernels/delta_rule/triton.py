@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import triton
 from torch import Tensor
 
-from kernels import triton_matrix_launch as launch
+from kernels import triton_matrix_launch as matrix
 from kernels.delta_rule.triton_kernels import delta_backward, delta_forward
 from kernels.problem import Problem
 from kernels.triton_aot import Compiled
 
+configs = matrix.configs
 INTERPRETED = not isinstance(delta_forward, triton.JITFunction)
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    return launch.cannot(problem, INTERPRETED)
-
-
-def configs(problem: Problem) -> Sequence[dict[str, int]]:
-    """Candidates for the tuner, the default first.
-
-    numbers: of the state to a thread. num_warps: of a program, which has so many values as that allows. rows: from one
-    state that is kept for the backward pass to the next.
-    """
-    if problem.direction == "forward":
-        return [
-            {"numbers": 8, "num_warps": 4, "rows": 32},
-            {"numbers": 16, "num_warps": 2, "rows": 32},
-            {"numbers": 8, "num_warps": 1, "rows": 32},
-        ]
-    return [{"numbers": 8, "num_warps": 4, "rows": 32}, {"numbers": 8, "num_warps": 2, "rows": 32}]
+    return matrix.cannot(problem, INTERPRETED)
 
 
 def forward(
@@ -75,13 +61,13 @@ def backward(
 
 def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[Compiled]:
     """Compiles what the problem would launch for a GPU that need not be there, such as "sm_90" or "gfx942"."""
-    given = _recurrence(**launch.shapes(problem, (), ("beta",)), scale=0.125, config=config)  # type: ignore[arg-type]
+    given = _recurrence(**matrix.shapes(problem, (), ("beta",)), scale=0.125, config=config)  # type: ignore[arg-type]
     return given.compiled(target, problem.direction)
 
 
 def _recurrence(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, config: Mapping[str, int],
-) -> launch.Recurrence:  # fmt: skip
+) -> matrix.Recurrence:  # fmt: skip
     rows = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
-    return launch.Recurrence((delta_forward, delta_backward), rows, initial_state, cu_seqlens, scale, config)
+    return matrix.Recurrence((delta_forward, delta_backward), rows, initial_state, cu_seqlens, scale, config)

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_matrix_launch as launch
+from kernels import triton_matrix_launch as matrix
 from kernels.gla.triton_kernels import gla_backward, gla_forward
 from kernels.problem import Problem, state_dtype
 from kernels.triton_aot import Compiled
 
+configs = matrix.configs
 INTERPRETED = not isinstance(gla_forward, triton.JITFunction)
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    return launch.cannot(problem, INTERPRETED)
-
-
-def configs(problem: Problem) -> Sequence[dict[str, int]]:
-    """Candidates for the tuner, the default first.
-
-    numbers: of the state to a thread. num_warps: of a program, which has so many values as that allows. rows: from one
-    state that is kept for the backward pass to the next.
-    """
-    if problem.direction == "forward":
-        return [
-            {"numbers": 8, "num_warps": 4, "rows": 32},
-            {"numbers": 16, "num_warps": 2, "rows": 32},
-            {"numbers": 8, "num_warps": 1, "rows": 32},
-        ]
-    return [{"numbers": 8, "num_warps": 4, "rows": 32}, {"numbers": 8, "num_warps": 2, "rows": 32}]
+    return matrix.cannot(problem, INTERPRETED)
 
 
 def forward(
@@ -79,7 +65,7 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
     shape = (problem.sizes["H"], problem.sizes["K"])
     bonus = torch.empty(shape, dtype=state_dtype(problem.dtypes["q"]), device="meta")
     given = _recurrence(
-        **launch.shapes(problem, ()),  # type: ignore[arg-type]
+        **matrix.shapes(problem, ()),  # type: ignore[arg-type]
         bonus=bonus if problem.options["bonus"] else None,
         scale=0.125,
         config=config,
@@ -90,7 +76,7 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
 def _recurrence(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial_state: Tensor | None, bonus: Tensor | None,
     cu_seqlens: Tensor | None, scale: float, config: Mapping[str, int],
-) -> launch.Recurrence:  # fmt: skip
+) -> matrix.Recurrence:  # fmt: skip
     rows = {"q": q, "k": k, "v": v, "log_decay": log_decay}
     kernels = gla_forward, gla_backward
-    return launch.Recurrence(kernels, rows, initial_state, cu_seqlens, scale, config, {"bonus": bonus})
+    return matrix.Recurrence(kernels, rows, initial_state, cu_seqlens, scale, config, {"bonus": bonus})

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_matrix_launch as launch
 from kernels.problem import Problem, state_dtype
 from kernels.selective_scan.triton_kernels import selective_scan_backward, selective_scan_forward
 from kernels.triton_aot import Compiled
-from kernels.triton_matrix_launch import CONSTANTS, REGISTERS, Launch, contiguous
+from kernels.triton_launch import CONSTANTS, Launch, compile_all
+from kernels.triton_matrix_launch import contiguous, launch, missing
 
 INTERPRETED = not isinstance(selective_scan_forward, triton.JITFunction)
 NAMES = ("x", "delta", "A", "B", "C", "D_", "initial")
@@ -27,7 +27,7 @@ SUMS = ("dA", "dB", "dC", "dD_")
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    return launch.missing(problem, INTERPRETED, "TD")
+    return missing(problem, INTERPRETED, "TD")
 
 
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
@@ -108,7 +108,7 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
     else:
         every = given.gradients((True,) * 7)
         launches = [given.forward(None, None, given.kept()), given.backward(x, initial, given.kept(), every)]
-    return [each.compile_for(target) for each in launches]
+    return compile_all(launches, target)
 
 
 class _Given:
@@ -182,4 +182,4 @@ class _Given:
             "BD": self.BD,
             "BK": self.BK,
         }
-        return Launch(kernel, self.programs, arguments, self.config["num_warps"], REGISTERS[self.dtype])
+        return launch(kernel, self.programs, arguments, self.config["num_warps"], self.dtype)

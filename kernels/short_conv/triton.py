@@ -6,8 +6,6 @@ TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +19,9 @@ from kernels import triton_aot
 from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
 from kernels.short_conv.triton_kernels import add_partials, conv_backward, conv_forward
+from kernels.triton_launch import CONSTANTS, Launch, compile_all, lanes, missing
 
 INTERPRETED = not isinstance(conv_forward, triton.JITFunction)
-CONSTANTS = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 # A thread keeps some rows for each tap in registers
 MOST_TAPS = 16
 # From this many numbers in x on, long chunks leave programs enough for any GPU
@@ -34,18 +32,11 @@ ADD = {"BP": 32, "BD": 64}
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    device, sizes = problem.device, problem.sizes
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return [f"needs a CUDA or HIP device, the tensors are on {device.type}"]
-    reasons = []
+    sizes, reasons = problem.sizes, missing(problem.device, INTERPRETED)
     if sizes["W"] > MOST_TAPS:
         reasons.append(f"{sizes['W']} taps; at most {MOST_TAPS}")
     if max(sizes["D"], sizes["T"]) >= 2**30:
         reasons.append(f"an axis of {max(sizes['D'], sizes['T'])}; at most {2**30 - 1}")
-    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            reasons.append(f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}")
     return reasons
 
 
@@ -81,7 +72,7 @@ def forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
-    given = _Given(x, weight, bias, initial_state, cu_seqlens, activation, reverse, config, _lanes(x.device))
+    given = _Given(x, weight, bias, initial_state, cu_seqlens, activation, reverse, config, lanes(x.device))
     given.forward(y, final_state)(x.device)
     return y, final_state
 
@@ -106,7 +97,7 @@ def backward(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, needs)
     )
-    given = _Given(*inputs, cu_seqlens, activation, reverse, config, _lanes(x.device))
+    given = _Given(*inputs, cu_seqlens, activation, reverse, config, lanes(x.device))
     for launch in given.backward(dy, dfinal_state, *found):
         launch(x.device)
     return found  # type: ignore[return-value]
@@ -127,30 +118,13 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
     bias = tensor(D, like=problem.dtypes["bias"]) if options["bias"] else None
     state = tensor(N, W - 1, D) if options["initial_state"] else None
     packed = tensor(N + 1, like=torch.int32) if options["packed"] else None
-    lanes = triton_aot.lanes(target)
-    given = _Given(x, weight, bias, state, packed, options["activation"], options["reverse"], config, lanes)
+    facts = options["activation"], options["reverse"], config, triton_aot.lanes(target)
+    given = _Given(x, weight, bias, state, packed, *facts)
     if problem.direction == "forward":
         launches = [given.forward(x, tensor(N, W - 1, D))]
     else:
         launches = given.backward(x, state, x, weight, bias, state)
-    return [
-        triton_aot.compile_kernel(a.kernel, a.arguments, target, programs=a.programs, num_warps=a.num_warps)
-        for a in launches
-    ]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel and everything that it is launched with."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    num_warps: int
-
-    def __call__(self, device: torch.device) -> None:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+    return compile_all(launches, target)
 
 
 @dataclass(frozen=True)
@@ -237,9 +211,3 @@ class _Given:
             "STAGES": min(config["num_stages"], 2) if self.lanes == 64 else config["num_stages"],
         }
         return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"])
-
-
-@functools.cache
-def _lanes(device: torch.device) -> int:
-    """The threads of a warp."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32

@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from triton_interpreter import counting, shuffled
+import triton_cases as tc
+from triton_cases import uninitialised_is_nan  # noqa: F401
 
-from kernels.agreement import Expected, Inputs, draw, pose
+from kernels.agreement import Inputs
 from kernels.gla import OP
 from kernels.gla import triton as backend
-from kernels.op import Backend
-
-CPU = torch.device("cpu")
-FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-TRITON = Backend("triton", "kernels.gla.triton", devices=("cuda",))
-# Two values to a program for eight keys, a state kept before every third row
-CONFIG = {"numbers": 1, "num_warps": 1, "rows": 4}
-HARD = torch.tensor([-math.inf, math.log(1e-30), math.log(1e-3), math.log(0.5), 0.0], dtype=torch.float64)
-# An empty sequence at either end, two in a row in the middle, one of a single row, some that end with a chunk
-PACKED = (0, 0, 3, 3, 3, 4, 8, None, None)
-
-
-@pytest.fixture(autouse=True)
-def _uninitialised_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def posed(
-    direction: str, dtype: torch.dtype = FLOAT32, batch: int = 1, length: int = 9, keys: int = 5, values: int = 3,
-    per_key: bool = True, packed: bool = False, hard: bool = False, **facts: Any,
-) -> Inputs:  # fmt: skip
-    """A problem with its tensors; packed: cut at PACKED; hard: with some decays from HARD."""
-    sizes = {"B": 1 if packed else batch, "T": length, "H": 2, "K": keys, "V": values, "J": keys if per_key else 1}
-    if packed:
-        sizes["N"] = len(PACKED) - 1
-    inputs = draw(OP, pose(OP, direction, sizes, dtype=dtype, device=CPU, packed=packed, **facts), seed=length)
-    tensors = dict(zip(OP.names(direction), inputs.tensors))
-    mild = tensors["log_decay"]
-    if hard and mild is not None:
-        generator = torch.Generator().manual_seed(length)
-        chosen = HARD[torch.randint(len(HARD), mild.shape, generator=generator)].to(mild.dtype)
-        tensors["log_decay"] = torch.where(torch.rand(mild.shape, generator=generator) < 0.5, chosen, mild)
-    bounds = sorted(length if b is None else min(b, length) for b in PACKED)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if packed else None
-    return replace(inputs, tensors=tuple(tensors.values()), cu_seqlens=cu_seqlens)
-
-
-def agrees(inputs: Inputs, config: dict[str, int] = CONFIG) -> None:
-    wrong = Expected.of(inputs).difference(inputs.call(TRITON, config)())
-    assert wrong is None, f"{wrong} ({inputs.problem})"
+    direction: str, batch: int = 1, length: int = 9, keys: int = 5, values: int = 3, per_key: bool = True, **facts: Any
+) -> Inputs:
+    sizes = {"B": batch, "T": length, "H": 2, "K": keys, "V": values, "J": keys if per_key else 1}
+    return tc.posed(OP, direction, sizes, **facts)
 
 
 FACTS = {
@@ -66,7 +26,7 @@ FACTS = {
     "batch": (1, 2),
     "keys": (1, 5, 8),
     "values": (1, 2, 5),
-    "dtype": (FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
+    "dtype": (tc.FLOAT64, tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16),
     "per_key": (False, True),
     "log_decay": (True, True, False),
     "hard": (False, True),
@@ -74,64 +34,33 @@ FACTS = {
     "bonus": (False, True),
     "initial_state": (False, True),
 }
-CASES = [{name: random.Random(f"{seed} {name}").choice(values) for name, values in FACTS.items()} for seed in range(20)]
+CASES = tc.cases(FACTS, 20)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
-    agrees(posed(direction, **case))
-
-
-def test_the_cases_have_every_value() -> None:
-    for name, values in FACTS.items():
-        assert {str(case[name]) for case in CASES} == {str(value) for value in values}
+    tc.agrees(posed(direction, **case))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_shipped_config(direction: str) -> None:
     for config in backend.configs(posed(direction).problem):
-        agrees(posed(direction, length=config["rows"] + 3, keys=33, values=9), config)
+        tc.agrees(posed(direction, length=config["rows"] + 3, keys=33, values=9), config)
 
 
 @pytest.mark.parametrize("missing", ["dy", "dfinal_state"])
 def test_a_loss_on_one_output(missing: str) -> None:
-    inputs = posed("backward", packed=True)
-    tensors = dict(zip(OP.names("backward"), inputs.tensors))
-    agrees(replace(inputs, tensors=tuple((tensors | {missing: None}).values())))
+    tc.agrees(tc.without(posed("backward", packed=True), missing))
 
 
 def test_only_the_gradients_that_are_needed() -> None:
-    inputs = posed("backward", length=2, bonus=True)
-
-    def gradients(needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        return TRITON.function("backward")(*inputs.tensors, None, scale=1.0, needs=needs, config=CONFIG)
-
-    every = gradients((True,) * 6)
-    for one, needed in itertools.product(range(6), (False, True)):
-        needs = tuple((i == one) == needed for i in range(6))
-        with counting() as traffic:
-            found = gradients(needs)
-        assert traffic.launches == 2
-        for wanted, gradient, expected in zip(needs, found, every):
-            if not wanted:
-                assert gradient is None
-            else:
-                assert gradient is not None
-                assert expected is not None
-                assert torch.equal(gradient, expected)
+    tc.check_needs(posed("backward", length=2, bonus=True), scale=1.0)
 
 
-def test_programs_in_any_order_give_the_same_bits() -> None:
-    calls = [posed(direction, packed=True, bonus=True).call(TRITON, CONFIG) for direction in ("forward", "backward")]
-    expected = [call() for call in calls]
-    for call, right in zip(calls, expected):
-        with shuffled(0):
-            found = call()
-        for f, e in zip(found, right):
-            assert f is not None
-            assert e is not None
-            assert torch.equal(f, e)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_programs_in_any_order_give_the_same_bits(direction: str) -> None:
+    tc.check_any_order(posed(direction, packed=True, bonus=True))
 
 
 def test_what_it_cannot_do() -> None:
