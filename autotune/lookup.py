@@ -44,7 +44,7 @@ class _Index:
         self.path = path
         self.rows: dict[Key, list[tuple[Record, str]]] = {}
         self.lengths: dict[tuple[Any, ...], set[int]] = {}
-        self.memo: dict[tuple[Key, str], tuple[int, list[tuple[str, Config]], Choice | None]] = {}
+        self.memo: dict[tuple[Key, str, str], tuple[int, list[tuple[str, Config]], Choice | None]] = {}
         self.refusals: dict[tuple[Key, str], tuple[int, list[Record]]] = {}
         for record in _shipped(device):
             self.add(record, "shipped")
@@ -153,13 +153,13 @@ def choose(key: Key, candidates: Sequence[tuple[str, Config]], source: str, comp
     """
     index = _stack[-1].index(key.device)
     now = generation()
-    remembered = index.memo.get((key, source))
+    remembered = index.memo.get((key, source, compiled_source))
     if remembered is not None and remembered[0] == now and remembered[1] == list(candidates):
         return remembered[2]
     # A copy: the caller may change its dictionaries.
     offered: list[tuple[str, Config]] = [(backend, dict(config)) for backend, config in candidates]
     choice = _choose(index, key, offered, source, compiled_source)
-    index.memo[key, source] = (now, offered, choice)
+    index.memo[key, source, compiled_source] = (now, offered, choice)
     return choice
 
 

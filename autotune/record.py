@@ -42,8 +42,8 @@ class Record:
     figures by which a stated rule put it first, and `source` is of what was compiled); a table may hold others from
     later versions, which are kept and never chosen. median_s, spread_s: median and interquartile range over the rounds,
     in seconds, for "ok"; message: the reason, for the others. source: hash of the op's sources. date: ISO 8601, UTC.
-    limit_s: how many seconds a candidate had that gave no result; a search that can give it twice as many tries it
-    again.
+    limit_s: how many seconds a search had left for checks when a candidate gave no result in its share of them; one
+    that has twice as many tries it again.
 
     Raises:
         ValueError: "ok" without finite times.

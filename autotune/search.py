@@ -145,6 +145,8 @@ def search(
         if not isinstance(found, Failure):
             ready.append((candidate, found[0]))
             bits.append(checksums(found[1]))
+            # the copy of its results would be kept through all of the timing
+            del found
             continue
         save(candidate, found.status, message=found.message)
         if found.status == "error":

@@ -30,10 +30,10 @@ from kernels.op import Backend, Config, Op
 from kernels.problem import Problem
 
 # A candidate that has not returned by then hangs; what it says that it needs to start comes on top.
-PATIENCE = 20.0
+HANGS_AFTER = 20.0
 # Of what is left for checks, the others get half.
 SHARE = 0.5
-SHORTEST = 1.0
+LEAST_SECONDS = 1.0
 # Starting, and drawing tensors and running the loop, which are ours and do not hang.
 START, PREPARATION = 120.0, 300.0
 
@@ -85,8 +85,8 @@ class Trials:
         self, comparison: Comparison, backend: Backend, config: Config, left: float, startup: float = 0.0
     ) -> Failure | None:
         """What is wrong with the candidate, if anything; left: seconds that the search has left for its checks."""
-        patience = PATIENCE + startup
-        limit = min(patience, max(SHARE * left, SHORTEST))
+        patience = HANGS_AFTER + startup
+        limit = min(patience, max(SHARE * left, LEAST_SECONDS))
         try:
             self._start(comparison.problem.device)
             self._send({**_request(comparison, backend, config), "limit": limit})
@@ -104,7 +104,8 @@ class Trials:
                 # what memory is left may be different at another length
                 return Failure("error" if ended.killed else "wrong", f"its process {ended}")
             if limit < patience:
-                return Failure("error", f"no result within {limit:.3g} s; a longer search tries it again", limit)
+                # what the search had for it: one that has no more would give it no more
+                return Failure("error", f"no result within {limit:.3g} s; a longer search tries it again", left)
             return Failure("wrong", f"hangs: no result within {limit:.3g} s")
         if reply.get("lost"):
             self._replace()
@@ -132,9 +133,11 @@ class Trials:
             # a GPU that was touched before a fork, even by an import, is of no use after it
             fork = device.type == "cpu" and hasattr(os, "fork")
             self._send({"threads": torch.get_num_threads(), "memory": self.memory, "fork": fork})
-        if self._runner is None:
-            self._runner = self._await("ready", START)["ready"]
-        self.starting += time.perf_counter() - begun
+        try:
+            if self._runner is None:
+                self._runner = self._await("ready", START)["ready"]
+        finally:
+            self.starting += time.perf_counter() - begun
 
     def _replace(self) -> None:
         """Ends whoever runs candidates, who may have ended already; the next one starts when it is needed."""
@@ -213,10 +216,14 @@ def _ending(code: int) -> str:
 
 
 def _listen(stream: IO[str], replies: queue.Queue[dict[str, Any] | None]) -> None:
-    # ValueError: it was closed, or a candidate wrote what is no reply
+    # closed, or gone
     with contextlib.suppress(ValueError, OSError):
         for line in stream:
-            replies.put(json.loads(line))
+            # the last line of a runner that was killed may be half a reply
+            with contextlib.suppress(json.JSONDecodeError):
+                reply = json.loads(line)
+                if isinstance(reply, dict):
+                    replies.put(reply)
     replies.put(None)
 
 

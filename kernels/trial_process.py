@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from autotune.check import Failure, check
+from autotune.record import MESSAGE_LENGTH
 from kernels.catalogue import OPS
 from kernels.comparison import Comparison, Reference
 from kernels.op import Backend, Config, Op
@@ -45,6 +46,8 @@ def serve() -> None:
         code = os.waitstatus_to_exitcode(status)
         if code == 0:
             return
+        # it may have died in the middle of a line
+        replies.write("\n")
         tell({"ended": code})
     _answer(requests, tell, settings["threads"], settings["memory"])
     os._exit(0)
@@ -111,7 +114,11 @@ def _tried(comparison: Comparison, reference: Reference, backend: Backend, confi
         found = Failure("error", f"{type(error).__name__}: {error}")
     if not isinstance(found, Failure):
         return {"status": "ok", "message": ""}
-    return {"status": found.status, "message": found.message, "lost": not _usable(comparison.problem.device)}
+    return {
+        "status": found.status,
+        "message": found.message[:MESSAGE_LENGTH],
+        "lost": not _usable(comparison.problem.device),
+    }
 
 
 def _usable(device: torch.device) -> bool:

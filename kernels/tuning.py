@@ -143,7 +143,7 @@ def tune_problems(
     steps = len(passes) * len(todo)
     with Trials(isolate, memory) as trials:
         for number, (defaults, problem) in enumerate((d, p) for d in passes for p in made):
-            left = max(deadline - time.perf_counter(), 0.0) / (steps - number)
+            left = max(deadline + trials.starting - time.perf_counter(), 0.0) / (steps - number)
             told = _part(progress, number / len(passes), len(made), len(passes), problem)
             made[problem] += _tune(OPS[problem.op], problem, left, store, told, retime, defaults, trials)
     if progress:

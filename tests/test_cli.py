@@ -225,9 +225,8 @@ for command in [*{commands!r}, "doctor"]:
     printed = re.sub(r"\s+", " ", done.stdout)
     assert "native cannot: no C++ compiler found ($CXX is '/no/such/compiler', which is no program on PATH)" in printed
     assert "warning: autotune: cannot save measurements in" in printed
-    assert (
-        "hgru forward [B=1 T=21 D=8 N=1] float32 cpu activation=positive initial_state compiled" in printed
-        or "initial_state naive" in printed
+    assert re.search(
+        r"hgru forward \[B=1 T=21 D=8 N=1\] float32 cpu activation=positive initial_state (compiled|naive)", printed
     )
     assert "NOT writable" in printed
 

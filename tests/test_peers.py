@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 SIZES = {"B": 2, "T": 64, "D": 6, "H": 2, "G": 2, "K": 4, "V": 4, "N": 2}
-CASES = ("scan", "gla per head", "gla per key", "delta_rule", "delta_rule per head", "delta_rule per key")
+CASES = (
+    *("scan", "selective_scan", "gla per head", "gla per key"),
+    *("delta_rule", "delta_rule per head", "delta_rule per key"),
+)
 
 
 @pytest.fixture
@@ -39,6 +43,9 @@ def test_they_give_what_ours_gives(peers: Any, case: str) -> None:
         found = peers.prepared(peer, given, "forward+backward")
         if isinstance(found, str):
             assert found.startswith("not installed"), f"{peer.name}: {found}"
+            # a package that is there, but has what we import no more, is not missing
+            with pytest.raises(PackageNotFoundError):
+                version(peer.package)
         else:
             assert all(gradient.isfinite().all() for gradient in found.run("forward+backward")())
 

@@ -98,7 +98,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[autotun
         (tmp_path / f"planted_{name}.py").write_text(f"{COMMON}\n{code}\n")
         backends.append(Backend(name, f"planted_{name}", foreign=True))
     monkeypatch.setitem(SCAN.__dict__, "backends", tuple(backends))
-    monkeypatch.setattr(trial, "PATIENCE", 1.0)
+    monkeypatch.setattr(trial, "HANGS_AFTER", 1.0)
     with autotune.using(tmp_path / "tuned.jsonl") as store:
         yield store
     for name in PLANTED:
@@ -163,12 +163,12 @@ def test_what_is_trusted_here_starts_no_process(planted: autotune.Store, monkeyp
 def test_a_short_search_says_so_and_the_process_ends_with_its_parent(
     planted: autotune.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "PATIENCE", 60.0)
-    monkeypatch.setattr(trial, "SHORTEST", 0.1)
+    monkeypatch.setattr(trial, "HANGS_AFTER", 60.0)
+    monkeypatch.setattr(trial, "LEAST_SECONDS", 0.1)
     compared = Comparison(SCAN, problem(), length=16)
     with Trials() as trials:
         failure = trials.run(compared, SCAN.backend("hangs"), {}, left=0.2)
-        assert failure == Failure("error", "no result within 0.1 s; a longer search tries it again", 0.1)
+        assert failure == Failure("error", "no result within 0.1 s; a longer search tries it again", 0.2)
         assert trials.run(compared, SCAN.backend("right"), {}, left=100.0) is None
         process, runner = trials._process, trials._runner
         assert process is not None

@@ -33,9 +33,9 @@ TESTS = Path(__file__).parent
 def run(script: str, *arguments: str, interpret: bool, share: int = 1) -> int:
     """Runs the tests in tests/apart/<script>; the number of kernels launched or compiled, or a failure with the log.
 
-    share: of every `share` neighbours among the cases of a test one is run, another one each time: of cases for four
-    targets (which are neighbours where `target` is the first decorator) one target, of forward and backward one. Of one
-    or two cases all are run, and with HYPOTHESIS_PROFILE=long of any number.
+    share: of every `share` neighbours among the cases of a test a random one is run, the same in every run: of cases
+    for four targets (which are neighbours where `target` is the first decorator) one target, of forward and backward
+    one. Of a few cases all are run, and with HYPOTHESIS_PROFILE=long of any number.
     """
     share = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else share
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -72,7 +72,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests = [item.nodeid.partition("[")[0] for item in items]
     cases, seen = Counter(tests), Counter[str]()
     for item, test in zip(items, tests):
-        if cases[test] > 2 and (seen[test] + seen[test] // share) % share:
+        group, place = divmod(seen[test], share)
+        few = cases[test] < (4 if "target" in item.callspec.params else 5) if hasattr(item, "callspec") else True
+        if not few and random.Random(f"{test} {group}").randrange(share) != place:
             left.append(item)
         seen[test] += 1
     config.hook.pytest_deselected(items=left)
