@@ -7,7 +7,6 @@ length comes along; which backend runs is decided inside it, at run time, by a l
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -25,7 +24,7 @@ from torch import Tensor
 import autotune
 from autotune import program
 from autotune.lock import Locked
-from kernels import registration
+from kernels import registration, sources
 from kernels.engine import Engine
 from kernels.problem import Arg, Problem, check, check_cu_seqlens, size_of, state_dtype
 
@@ -147,28 +146,17 @@ class Op:
 
     @cached_property
     def source(self) -> str:
-        """A hash of the op's sources and of what native and Triton code shares: with other sources, rows are stale."""
-        folder = Path(importlib.util.find_spec(self.backends[0].module).origin).parent  # type: ignore[union-attr, arg-type]
-        digest = hashlib.sha256()
-        names = ("jit_cpp.py", "inductor.py", "triton_launch.py", "triton_rows.py")
-        shared = [p for p in folder.parent.iterdir() if p.suffix == ".h" or p.name in names]
-        for path in sorted([p for p in folder.iterdir() if p.suffix in (".py", ".cpp", ".h")] + shared):
-            digest.update(path.name.encode() + path.read_bytes())
-        return digest.hexdigest()[:16]
+        """A hash of the op's sources and of what they share with others: with other sources, rows are stale."""
+        return sources.digest(p for p in self._folder.iterdir() if p.suffix in (".py", ".cpp", ".h"))
 
     @cached_property
     def compiled_source(self) -> str:
-        """A hash of what is compiled for GPUs, which predictions for them depend on: the op's own source files, and the
-        shared ones that they name."""
-        folder = Path(importlib.util.find_spec(self.backends[0].module).origin).parent  # type: ignore[union-attr, arg-type]
-        shared = [path for path in sorted(folder.parent.glob("triton_*.py")) if path.name != "triton_aot.py"]
-        files = {path: path.read_bytes() for path in sorted(folder.glob("triton*.py"))}
-        for _ in shared:
-            files |= {p: p.read_bytes() for p in shared if any(p.stem.encode() in text for text in files.values())}
-        digest = hashlib.sha256()
-        for path, text in files.items():
-            digest.update(path.name.encode() + text)
-        return digest.hexdigest()[:16]
+        """A hash of what is compiled for GPUs, and of what launches it, which predictions depend on."""
+        return sources.digest(self._folder.glob("triton*.py"))
+
+    @property
+    def _folder(self) -> Path:
+        return Path(importlib.util.find_spec(self.backends[0].module).origin).parent  # type: ignore[union-attr, arg-type]
 
     def backend(self, name: str) -> Backend:
         for backend in self.backends:

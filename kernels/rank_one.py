@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import jit_cpp, pool
-from kernels.memory import address
+from kernels import jit_cpp, memory, pool
+from kernels.memory import address, columns_together
 from kernels.problem import Problem, state_dtype
 
 # in the order in which rank_one.h counts them
@@ -84,10 +84,10 @@ class Native:
         parts: list[Tensor | None] = [None] * len(summed)
         if given.groups > 1:
             parts = [None if x is None else x.new_empty((given.groups, *x.shape), dtype=given.wide) for x in summed]
-        dy, dfinal = _columns_together(dy), None if dfinal is None else dfinal.contiguous()
+        dy, dfinal = columns_together(dy), None if dfinal is None else dfinal.contiguous()
         self.run_backward(
             *given.fields,
-            *_rows(dy),
+            *memory.heads(dy),
             address(dfinal),
             *(number for pair in zip(summed, parts) for number in map(address, pair)),
             address(dv),
@@ -107,7 +107,7 @@ class _Given:
         scale: float,
         vector_bytes: int,
     ) -> None:
-        self.kept = [_columns_together(x) for x in rows]
+        self.kept = [columns_together(x) for x in rows]
         q, _, v, log_decay, a, _ = self.kept
         assert q is not None
         assert v is not None
@@ -134,7 +134,7 @@ class _Given:
             vectors,
             self.groups,
             *struct.unpack("q", struct.pack("d", scale)),
-            *(number for x in self.kept for number in _rows(x)),
+            *(number for x in self.kept for number in memory.heads(x)),
             address(self.initial),
         )
 
@@ -152,13 +152,3 @@ def _tiles(parts: int, keys: int, values: int, itemsize: int, vector_bytes: int)
     ):
         vectors //= 2
     return vectors, min(tiles(), -(-PARTS // parts))
-
-
-def _columns_together(x: Tensor | None) -> Tensor | None:
-    """x [B, T, H, W] if its columns lie side by side, else a copy; other axes may have any strides."""
-    return x if x is None or x.stride(3) == 1 else x.contiguous()
-
-
-def _rows(x: Tensor | None) -> tuple[int, ...]:
-    """The fields of rank_one.h's Rows."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])

@@ -35,6 +35,10 @@ def missing(problem: Problem, interpreted: bool, axes: str) -> list[str]:
     most = MOST_BYTES // state_dtype(next(iter(problem.dtypes.values()))).itemsize
     if sizes["K"] > most:
         reasons.append(f"axis K is {sizes['K']}; at most {most}")
+    # within a state, numbers are counted in 32 bits
+    columns = "V" if "V" in axes else "D"
+    if sizes["K"] * sizes[columns] >= 2**31:
+        reasons.append(f"axes K, {columns} are {sizes['K']}, {sizes[columns]}; their product at most {2**31 - 1}")
     reasons += [f"axis {axis} is {sizes[axis]}; at most {2**30 - 1}" for axis in axes if sizes[axis] >= 2**30]
     return reasons
 

@@ -81,7 +81,8 @@ def gated_norm(
 
 def _of_heads(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """[V] -> [H, V]"""
-    if parameter is None or parameter.ndim == 2:
+    # what has other axes is the op's to refuse
+    if parameter is None or parameter.ndim != 1:
         return parameter
     return parameter.unsqueeze(0) if x.shape[2] == 1 else parameter.expand(x.shape[2], -1)
 

@@ -85,7 +85,7 @@ def backward(
     # as many as there could be in packed sequences
     chunks = B * -(-T // chunk) if cu_seqlens is None else T // chunk + given.sequences
     wide = state_dtype(q.dtype)
-    number = torch.empty((), dtype=wide)
+    number = q.new_empty((), dtype=wide)
     lanes = max(jit_cpp.load(SOURCE).vector_bytes() // wide.itemsize, 4)
     parts = None if dbonus is None else number.new_empty((chunks, H, K))
     states = pool.empty_like(number.expand(2, chunks, H, -(-V // lanes) * lanes, -(-K // lanes) * lanes))

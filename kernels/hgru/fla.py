@@ -1,7 +1,7 @@
 """The gates in plain torch, and the scan by flash-linear-attention's HGRN kernels, where that is installed.
 
-Their kernels take the logarithms of decays. λ is at least its lower bound, or σ(f), whose logarithm is exact; so the
-adapter sits here, and not at `kernels.scan`, whose decays may be negative.
+Their kernels take the logarithms of decays. λ is positive, and its logarithm is made from that of σ(f), not from λ; so
+the adapter sits here, and not at `kernels.scan`, whose decays may be negative.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ def backward(
 def _inputs(i: Tensor, f: Tensor, lower_bound: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """The scan's inputs (1 − λ) act(i), and log λ, [B, T, D] in the state dtype."""
     decay, x = gates(i, f, lower_bound, None, activation)
-    g = F.logsigmoid(f.to(decay.dtype)) if lower_bound is None else decay.log()
+    g = F.logsigmoid(f.to(decay.dtype))
+    if lower_bound is not None:
+        # finite also where the bound is zero and the gate saturates: their kernels subtract logarithms
+        g = torch.logaddexp(lower_bound.log(), torch.log1p(-lower_bound) + g)
     return x.contiguous(), g.contiguous()
 
 

@@ -133,7 +133,7 @@ class _Given:
         if theta is not None:
             self.turn = torch.stack((theta.cos(), theta.sin()))
         elif i.ndim == 4:
-            self.turn = torch.ones((2, i.shape[2]), dtype=self.wide)
+            self.turn = i.new_ones((2, i.shape[2]), dtype=self.wide)
             self.turn[1] = 0
 
     def fields(self, activation: str, reverse: bool, written: int, config: Mapping[str, int]) -> tuple[int, ...]:
