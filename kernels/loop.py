@@ -1,4 +1,4 @@
-"""A recurrence over time as a loop, and the loop of its gradient: what the naive backends of matrix states share.
+"""A recurrence over time as a loop, and its gradient as another: what the naive backends of matrix states share.
 
     S[t], y[t] = step(S[t-1], *row[t], *parameters)
 

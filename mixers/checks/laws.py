@@ -1,10 +1,7 @@
-"""The contract as callable checks: the laws that every mixer obeys, for ours and for anybody's.
+"""The laws. Each takes `make` (a width -> a fresh mixer) and a `Case`.
 
-    from mixers import checks
-    checks.run(lambda dim: MyMixer(dim))        # raises LawBroken: which law, on which case, by how much
-
-Each law takes `make` (a width -> a fresh mixer) and a `Case`. Laws about values run in float64, where "equal" means up
-to 1e-9 of the output's scale; those about the future and about splitting apply where `mixer.causal`.
+Laws about values run in float64, where "equal" means up to 1e-9 of the output's scale; those about the future and about
+splitting apply where `mixer.causal`.
 """
 
 from __future__ import annotations
@@ -12,58 +9,24 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.gradcheck import GradcheckError
 
-from mixers import registry, state
-from mixers.mixer import SequenceMixer
-
-Make = Callable[[int], SequenceMixer]
-
-
-class LawBroken(AssertionError):
-    """A mixer does not keep the contract."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One draw: sizes (no powers of two needed), where to cut, how large the inputs are, and the seed."""
-
-    batch: int = 2
-    length: int = 37
-    dim: int = 6
-    cut: int = 19
-    scale: float = 1.0
-    seed: int = 0
-
-    def mixer(self, make: Make, dtype: torch.dtype = torch.float64) -> SequenceMixer:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return make(self.dim).to(dtype).eval()
-
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float64, salt: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + 7919 * salt)
-        return (self.scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-
-    def x(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self.normal(self.batch, self.length, self.dim, dtype=dtype)
-
-    @staticmethod
-    def draw(rng: random.Random) -> Case:
-        length = rng.choice((1, 2, 3, 5, 17, 33, 37, 65, 97))
-        return Case(
-            batch=rng.choice((1, 2, 3)),
-            length=length,
-            dim=rng.choice((6, 12)),
-            cut=rng.randint(0, length),
-            scale=rng.choice((0.3, 1.0, 3.0)),
-            seed=rng.randrange(2**31),
-        )
+from mixers import state
+from mixers.checks.case import Case, Make
+from mixers.checks.compare import (
+    comparable_probe,
+    compare_gradients,
+    compare_with_gradients,
+    equal,
+    equal_states,
+    layout,
+    probe,
+    require,
+)
 
 
 def shape_and_dtype(make: Make, case: Case) -> None:
@@ -72,16 +35,14 @@ def shape_and_dtype(make: Make, case: Case) -> None:
         mixer = case.mixer(make, dtype)
         x = case.x(dtype)
         y, after = mixer(x)
-        _require(y.shape == x.shape, f"y is {list(y.shape)}, x is {list(x.shape)}")
-        _require(y.dtype == dtype, f"y is {y.dtype}, x is {dtype}")
-        _require(bool(y.isfinite().all()), f"y is not finite in {dtype}")
+        require(y.shape == x.shape, f"y is {list(y.shape)}, x is {list(x.shape)}")
+        require(y.dtype == dtype, f"y is {y.dtype}, x is {dtype}")
+        require(bool(y.isfinite().all()), f"y is not finite in {dtype}")
         if not mixer.causal:
-            _require(after is None, "a mixer that is not causal returned a state")
+            require(after is None, "a mixer that is not causal returned a state")
             continue
         initial = mixer.init_state(case.batch)
-        _require(
-            _layout(initial) == _layout(after), f"the state went in as {_layout(initial)}, out as {_layout(after)}"
-        )
+        require(layout(initial) == layout(after), f"the state went in as {layout(initial)}, out as {layout(after)}")
 
 
 def future_never_leaks(make: Make, case: Case) -> None:
@@ -91,7 +52,7 @@ def future_never_leaks(make: Make, case: Case) -> None:
         return
     x, other = case.x(), case.normal(case.batch, case.length, case.dim, salt=1)
     changed = torch.cat([x[:, : case.cut], other[:, case.cut :]], 1)
-    _equal("y before the change", mixer(changed)[0][:, : case.cut], mixer(x)[0][:, : case.cut])
+    equal("y before the change", mixer(changed)[0][:, : case.cut], mixer(x)[0][:, : case.cut])
 
 
 def splitting(make: Make, case: Case) -> None:
@@ -107,7 +68,7 @@ def splitting(make: Make, case: Case) -> None:
             y, before = mixer(part, before)
             after.append(y)
     parts = (torch.cat(after, 1), before)
-    _compare_with_gradients("split", mixer, case, x, parts, whole)
+    compare_with_gradients("split", mixer, case, x, parts, whole)
 
 
 def token_by_token(make: Make, case: Case) -> None:
@@ -121,7 +82,7 @@ def token_by_token(make: Make, case: Case) -> None:
     for t in range(x.shape[1]):
         y, carried = mixer(x[:, t : t + 1], carried)
         ys.append(y)
-    _compare_with_gradients("token by token", mixer, case, x, (torch.cat(ys, 1), carried), whole)
+    compare_with_gradients("token by token", mixer, case, x, (torch.cat(ys, 1), carried), whole)
 
 
 def packed(make: Make, case: Case) -> None:
@@ -142,17 +103,17 @@ def packed(make: Make, case: Case) -> None:
         else:
             states.append(mixer.init_state(1) if mixer.causal else None)
     apart = torch.cat(ys, 1)
-    _equal("y packed", together[0], apart)
+    equal("y packed", together[0], apart)
     weights = case.normal(*apart.shape, salt=2)
     losses = [(together[0] * weights).sum(), (apart * weights).sum()]
     if mixer.causal:
         for n, single in enumerate(states):
             row = state.select(together[1], torch.tensor([n]))
-            _equal_states(f"state of sequence {n} of lengths {lengths}", mixer, row, single)
+            equal_states(f"state of sequence {n} of lengths {lengths}", mixer, row, single)
             if lengths[n]:
-                losses[0] = losses[0] + _comparable_probe(mixer, row)
-                losses[1] = losses[1] + _comparable_probe(mixer, single)
-    _compare_gradients("packed", mixer, [x], *losses)
+                losses[0] = losses[0] + comparable_probe(mixer, row)
+                losses[1] = losses[1] + comparable_probe(mixer, single)
+    compare_gradients("packed", mixer, [x], *losses)
 
 
 def batch_permutes(make: Make, case: Case) -> None:
@@ -161,9 +122,9 @@ def batch_permutes(make: Make, case: Case) -> None:
     order = torch.randperm(case.batch, generator=torch.Generator().manual_seed(case.seed))
     y, after = mixer(x)
     other, other_after = mixer(x[order])
-    _equal("y of the reordered batch", other, y[order])
+    equal("y of the reordered batch", other, y[order])
     if mixer.causal:
-        _equal_states("state of the reordered batch", mixer, other_after, state.select(after, order))
+        equal_states("state of the reordered batch", mixer, other_after, state.select(after, order))
 
 
 def gradients_arrive(make: Make, case: Case) -> None:
@@ -177,19 +138,19 @@ def gradients_arrive(make: Make, case: Case) -> None:
         initial = state.apply(lambda t: t.detach().requires_grad_(t.is_floating_point()), warm)
     y, after = mixer(x, initial)
     floats = [t for t in state.leaves(initial) if t.is_floating_point() and t.numel()]
-    loss = (y * case.normal(*y.shape, salt=2)).sum() + (_probe(after) if mixer.causal else 0.0)
+    loss = (y * case.normal(*y.shape, salt=2)).sum() + (probe(after) if mixer.causal else 0.0)
     named = {"x": x, **{f"state {n}": t for n, t in enumerate(floats)}, **dict(mixer.named_parameters())}
     for name, gradient in zip(
         named, torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
     ):
-        _require(gradient is not None, f"{name} gets no gradient")
-        _require(bool(gradient.isfinite().all()), f"the gradient of {name} is not finite")
-        _require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
+        require(gradient is not None, f"{name} gets no gradient")
+        require(bool(gradient.isfinite().all()), f"the gradient of {name} is not finite")
+        require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
     if mixer.causal and any(t.is_floating_point() and t.numel() for t in state.leaves(after)):
-        _require(_probe(after).requires_grad, "the final state is cut off from everything")
-        (gradient,) = torch.autograd.grad(_probe(after), [x], allow_unused=True)
-        _require(gradient is not None, "a loss on the final state does not reach x")
-        _require(bool(gradient[:, -1].any()), "a loss on the final state does not reach the last token")
+        require(probe(after).requires_grad, "the final state is cut off from everything")
+        (gradient,) = torch.autograd.grad(probe(after), [x], allow_unused=True)
+        require(gradient is not None, "a loss on the final state does not reach x")
+        require(bool(gradient[:, -1].any()), "a loss on the final state does not reach the last token")
 
 
 def gradcheck(make: Make, case: Case) -> None:
@@ -231,7 +192,7 @@ def backends_agree(make: Make, case: Case) -> None:
             if "cannot run" not in str(error):
                 raise
             continue
-        _compare_with_gradients(f"backend {name}", mixer, case, x, found, reference)
+        compare_with_gradients(f"backend {name}", mixer, case, x, found, reference)
 
 
 def same_bits_twice(make: Make, case: Case) -> None:
@@ -243,7 +204,7 @@ def same_bits_twice(make: Make, case: Case) -> None:
         gradients = torch.autograd.grad(y.sum(), [x, *mixer.parameters()], allow_unused=True)
         runs.append([y, *state.leaves(after), *[g for g in gradients if g is not None]])
     for one, two in zip(*runs):
-        _require(torch.equal(one, two), "two identical calls differ")
+        require(torch.equal(one, two), "two identical calls differ")
 
 
 def compiles(make: Make, case: Case) -> None:
@@ -253,7 +214,7 @@ def compiles(make: Make, case: Case) -> None:
     fast = torch.compile(mixer, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (case.length + 1, case.length + 2, 2 * case.length + 3):
         x = case.normal(case.batch + 1, length, case.dim).requires_grad_()
-        _compare_with_gradients("compiled", mixer, case, x, fast(x), mixer(x))
+        compare_with_gradients("compiled", mixer, case, x, fast(x), mixer(x))
 
 
 def exports(make: Make, case: Case) -> None:
@@ -263,25 +224,25 @@ def exports(make: Make, case: Case) -> None:
     x = case.normal(case.batch, case.length + 1, case.dim)
     program = torch.export.export(mixer, (x,), dynamic_shapes={"x": {1: length}}).module()
     longer = case.normal(case.batch, 2 * case.length + 3, case.dim)
-    _equal("y exported", program(longer)[0], mixer(longer)[0])
+    equal("y exported", program(longer)[0], mixer(longer)[0])
 
 
 def copies_and_reloads(make: Make, case: Case) -> None:
     """deepcopy, state_dict, meta-device initialisation and config all give the same mixer back."""
     mixer, x = case.mixer(make), case.x()
     y = mixer(x)[0]
-    _equal("y of the deepcopy", copy.deepcopy(mixer)(x)[0], y)
+    equal("y of the deepcopy", copy.deepcopy(mixer)(x)[0], y)
     fresh = make(case.dim).to(torch.float64)
     fresh.load_state_dict(mixer.state_dict())
-    _equal("y after load_state_dict", fresh.eval()(x)[0], y)
+    equal("y after load_state_dict", fresh.eval()(x)[0], y)
     with torch.device("meta"):
         empty = make(case.dim)
-    _require(all(t.is_meta for t in (*empty.parameters(), *empty.buffers())), "a tensor was made on a real device")
+    require(all(t.is_meta for t in (*empty.parameters(), *empty.buffers())), "a tensor was made on a real device")
     full = empty.to(torch.float64).to_empty(device="cpu")
     full.load_state_dict(mixer.state_dict())
-    _equal("y after meta-device initialisation", full.eval()(x)[0], y)
+    equal("y after meta-device initialisation", full.eval()(x)[0], y)
     rebuilt = type(mixer)(**{k: v for k, v in mixer.config().items() if k != "name"})
-    _require(rebuilt.config() == mixer.config(), "config() does not rebuild the mixer")
+    require(rebuilt.config() == mixer.config(), "config() does not rebuild the mixer")
 
 
 def autocast(make: Make, case: Case) -> None:
@@ -293,13 +254,13 @@ def autocast(make: Make, case: Case) -> None:
         narrow, after = mixer(x)
         if mixer.causal:
             before = mixer.init_state(case.batch, dtype=torch.bfloat16)
-            what = f"the state went in as {_layout(before)} under autocast, out as {_layout(after)}"
-            _require(_layout(before) == _layout(after), what)
-            _require(bool(mixer(x, after)[0].isfinite().all()), "y is not finite under autocast")
-    _require(bool(narrow.isfinite().all()), "y is not finite under autocast")
+            what = f"the state went in as {layout(before)} under autocast, out as {layout(after)}"
+            require(layout(before) == layout(after), what)
+            require(bool(mixer(x, after)[0].isfinite().all()), "y is not finite under autocast")
+    require(bool(narrow.isfinite().all()), "y is not finite under autocast")
     error = (narrow.float() - y).norm() / (y.norm() + 1e-6)
     # a few roundings at 2⁻⁸ each; a layer that computes its gates or sums in bfloat16 is far above
-    _require(error.item() < 0.1, f"y under autocast is off by {error.item():.3g} of its norm")
+    require(error.item() < 0.1, f"y under autocast is off by {error.item():.3g} of its norm")
 
 
 def extreme_values(make: Make, case: Case) -> None:
@@ -312,7 +273,7 @@ def extreme_values(make: Make, case: Case) -> None:
         loss = (y * case.normal(*y.shape, dtype=dtype, salt=2)).sum()
         gradients = torch.autograd.grad(loss, [x, *mixer.parameters()], allow_unused=True)
         for tensor in (*tensors, *[g for g in gradients if g is not None]):
-            _require(bool(tensor.isfinite().all()), f"not finite for inputs of size {factor} in {dtype}")
+            require(bool(tensor.isfinite().all()), f"not finite for inputs of size {factor} in {dtype}")
 
 
 LAWS: dict[str, Callable[[Make, Case], None]] = {
@@ -337,92 +298,3 @@ LAWS: dict[str, Callable[[Make, Case], None]] = {
 }
 # A case of these costs seconds, most of them in the compiler
 SLOW = ("compiles", "exports")
-
-
-def run(mixer: Make | str, *, laws: Sequence[str] | None = None, examples: int = 10, seed: int = 0) -> None:
-    """Checks a mixer (a registered name, or a function from a width to a fresh mixer) against the laws.
-
-    Raises:
-        LawBroken: the first law that does not hold, with the case that shows it.
-        ValueError: there is no law, or no mixer, of a name.
-    """
-    if isinstance(mixer, str):
-        name = mixer
-        registry.get(name)
-        make: Make = lambda dim: registry.build(name, dim)  # noqa: E731
-    else:
-        make = mixer
-    for law in laws or LAWS:
-        if law not in LAWS:
-            raise ValueError(f"no law {law!r}{registry.suggest(law, LAWS)}; there are {', '.join(LAWS)}")
-        rng = random.Random(seed)
-        for _ in range(2 if law in SLOW else examples):
-            check(law, make, Case.draw(rng))
-
-
-def check(law: str, make: Make, case: Case) -> None:
-    """One law on one case; an AssertionError or gradcheck failure becomes LawBroken with both named."""
-    try:
-        LAWS[law](make, case)
-    except (AssertionError, GradcheckError) as error:
-        raise LawBroken(f"{law}: {error} ({case})") from error
-
-
-def _require(fact: bool, message: str) -> None:
-    if not fact:
-        raise LawBroken(message)
-
-
-def _equal(what: str, found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    _require(found.shape == expected.shape, f"{what} is {list(found.shape)}, expected {list(expected.shape)}")
-    if not expected.numel():
-        return
-    scale = max(expected.detach().abs().max().item(), 1e-3)
-    error = (found.detach() - expected.detach()).abs().max().item()
-    _require(error <= tolerance * scale, f"{what} is off by {error:.3g} where values reach {scale:.3g}")
-
-
-def _equal_states(what: str, mixer: SequenceMixer, found: Any, expected: Any) -> None:
-    for one, two in zip(mixer.comparable(found), mixer.comparable(expected)):
-        _equal(what, one, two)
-
-
-def _probe(tree: Any) -> Tensor:
-    """A loss that every number of a state reaches with a weight of its own."""
-    total: Any = 0.0
-    for leaf in state.leaves(tree):
-        if leaf.is_floating_point() and leaf.numel():
-            weights = torch.linspace(0.5, 1.5, leaf[0].numel(), dtype=leaf.dtype).reshape(leaf[0].shape)
-            total = total + (leaf * weights).sum()
-    return total
-
-
-def _compare_with_gradients(what: str, mixer: SequenceMixer, case: Case, x: Tensor, found: Any, expected: Any) -> None:
-    _equal(f"y {what}", found[0], expected[0])
-    weights = case.normal(*expected[0].shape, salt=2)
-    losses = [(y * weights).sum() for y in (found[0], expected[0])]
-    if mixer.causal:
-        _equal_states(f"state {what}", mixer, found[1], expected[1])
-        losses = [loss + _comparable_probe(mixer, after) for loss, (_, after) in zip(losses, (found, expected))]
-    _compare_gradients(what, mixer, [x], *losses)
-
-
-def _comparable_probe(mixer: SequenceMixer, after: Any) -> Tensor:
-    return _probe(tuple(mixer.comparable(after)))
-
-
-def _compare_gradients(what: str, mixer: SequenceMixer, inputs: list[Tensor], found: Tensor, expected: Tensor) -> None:
-    names = ["x", *[name for name, _ in mixer.named_parameters()]]
-    tensors = [*inputs, *mixer.parameters()]
-    # a compiled backward runs once only; what is expected may be compared with several times
-    ones = torch.autograd.grad(found, tensors, allow_unused=True)
-    twos = torch.autograd.grad(expected, tensors, allow_unused=True, retain_graph=True)
-    for name, one, two in zip(names, ones, twos):
-        _require((one is None) == (two is None), f"gradient of {name} {what} is missing on one side")
-        if one is not None:
-            _equal(f"gradient of {name} {what}", one, two, 1e-8)
-
-
-def _layout(tree: Any) -> list[tuple[int, torch.dtype]]:
-    """Ranks and dtypes of a state's tensors."""
-    return [(tensor.ndim, tensor.dtype) for tensor in state.leaves(tree)]
