@@ -157,27 +157,28 @@ class Expected:
         """Runs the loop in float64 and in the problem's own dtypes."""
         exact, own = inputs.to(torch.float64).loop(), inputs.loop()
         losses = [errors(rounded, right) for rounded, right in zip(own, exact)]
+        # the mean square of n errors tells how large they are to one part in √n only
+        counts = [max(1, 0 if right is None else right.numel()) for right in exact]
         if inputs.dtype == torch.float64:
             # nothing wider stands beside float64: the loop's error is taken to be that in float32, scaled
             narrow = inputs.to(torch.float32)
             shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             pairs = zip(narrow.loop(), narrow.to(torch.float64).loop())
             losses = [(shrink * worst, shrink * average) for worst, average in (errors(*pair) for pair in pairs)]
+        losses = [(worst, average * (1 + count**-0.5)) for (worst, average), count in zip(losses, counts)]
         dtypes = tuple(None if tensor is None else tensor.dtype for tensor in own)
         scales = [_sizes(right) for right in exact]
         noise = torch.finfo(state_dtype(inputs.dtype)).eps * inputs.largest_logarithm
         allowed = []
-        for arg, dtype, right in zip(inputs.results, dtypes, exact):
+        for arg, dtype in zip(inputs.results, dtypes):
             # results of one role share error and scale: a gradient that cancels is no more exact than those beside it
             alike = [n for n, other in enumerate(inputs.results) if (other.role, dtypes[n]) == (arg.role, dtype)]
             ulp = 0.0 if dtype is None else torch.finfo(dtype).eps
             rows = 0 if {"B", "N"} & set(arg.letters) else inputs.problem.sizes["B"] * inputs.problem.sizes["T"]
             summed = rows**0.5 * torch.finfo(state_dtype(inputs.dtype)).eps
             limits = []
-            # a mean square of n numbers is itself known to one part in √n only
-            few = 1 + max(1, 0 if right is None else right.numel()) ** -0.5
-            for kind, unsure in ((0, 1.0), (1, few)):
-                loss, scale = unsure * max(losses[n][kind] for n in alike), max(scales[n][kind] for n in alike)
+            for kind in (0, 1):
+                loss, scale = max(losses[n][kind] for n in alike), max(scales[n][kind] for n in alike)
                 limit = MULTIPLE * (loss + noise * scale) + ULPS * ulp * scale + summed * max(s[kind] for s in scales)
                 # a logarithm that only a backward pass sees: its error is the relative error of what is made from it
                 limits.append(limit if arg.differentiable else max(limit, ULPS * torch.finfo(inputs.dtype).eps))

@@ -17,7 +17,7 @@ import torch
 import autotune
 from autotune import search
 from kernels import comparison
-from kernels.agreement import Expected, draw, pose
+from kernels.agreement import pose
 from kernels.catalogue import OPS
 from kernels.comparison import checked_length
 from kernels.explain import explain
@@ -280,46 +280,6 @@ def test_a_corrupt_table_costs_a_warning_and_no_record(store: autotune.Store, mo
     autotune.refresh()
     with pytest.warns(RuntimeWarning, match="no record"):
         assert op.choose(posed).origin == "exact"
-
-
-@pytest.mark.parametrize("facts", [{}, {"pairs": True}, {"packed": True}, {"reverse": True}, {"initial_state": False}])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_drawn_tensors_pose_the_problem(direction: str, facts: dict[str, Any]) -> None:
-    for dtype, decay in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
-        posed = problem(SCAN, direction, dtype, decay_dtype=decay, **facts)
-        inputs = draw(SCAN, posed)
-        options = [posed.options[name] for name in SCAN.options]
-        again = SCAN.problem_of(
-            direction, [*inputs.tensors, inputs.cu_seqlens, *options, *[7] * (direction == "backward"), "auto"]
-        )
-        assert again == posed
-        assert Expected.of(inputs).difference(inputs.call(SCAN.backends[0], {})()) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_an_error_of_eight_ulp_is_refused_and_one_of_one_is_not(dtype: torch.dtype) -> None:
-    inputs = draw(SCAN, problem(dtype=dtype))
-    expected = Expected.of(inputs)
-    h, final = inputs.loop()
-    assert h is not None
-    largest = h.abs().argmax()
-    ulp = torch.finfo(dtype).eps * h.view(-1)[largest]
-    for count, accepted in ((1, True), (-1, True), (8, False), (-8, False)):
-        off = h.clone()
-        off.view(-1)[largest] += count * ulp
-        assert (expected.difference((off, final)) is None) == accepted
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_a_bias_is_refused_although_each_error_alone_would_pass(dtype: torch.dtype) -> None:
-    expected = Expected.of(inputs := draw(SCAN, problem(dtype=dtype)))
-    h, final = inputs.loop()
-    assert h is not None
-    bias = 2 * torch.finfo(dtype).eps * h.abs().max()
-    one = h.clone()
-    one.view(-1)[h.abs().argmin()] += bias
-    assert expected.difference((one, final)) is None
-    assert "on average" in str(expected.difference((h + bias, final)))
 
 
 def test_self_attention_at_another_length_is_the_same_problem_but_decoding_is_not() -> None:
