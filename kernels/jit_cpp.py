@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -103,6 +104,17 @@ def reason(source: Path) -> str | None:
     except BuildError as error:
         return str(error)
     return None
+
+
+def reasons(source: Path) -> list[str]:
+    """`reason` as a backend's `cannot` gives it."""
+    why = reason(source)
+    return [] if why is None else [why]
+
+
+def functions(source: Path) -> Callable[[str, int], Callable[..., None]]:
+    """`load(source).function`, each function made once, when it is first asked for."""
+    return functools.cache(lambda name, fields: load(source).function(name, fields))
 
 
 def compiler() -> list[str]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from kernels.problem import Problem
+
+# dtypes of sequences in the order in which native code counts them
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 # (dtype of decays, dtype of sequences) in the order in which native code counts them
 FORMATS = {
     (torch.float64, torch.float64): 0,
@@ -18,6 +23,29 @@ FORMATS = {
 }
 
 Maybe = TypeVar("Maybe", Tensor, "Tensor | None")
+
+
+def no_kernel(problem: Problem, *names: str) -> list[str]:
+    """Why native code cannot read these inputs, a sequence or decays and a sequence; empty if it can."""
+    dtypes = tuple(problem.dtypes[name] for name in names)
+    if dtypes in FORMATS or (len(dtypes) == 1 and dtypes[0] in DTYPES):
+        return []
+    return ["no kernel for " + " with ".join(f"{name} in {dtype}" for name, dtype in zip(names, dtypes))]
+
+
+def bits(number: float) -> int:
+    """Of a double, as the integer of 8 bytes that native code is handed."""
+    return int(struct.unpack("q", struct.pack("d", number))[0])
+
+
+def bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    """As native code reads them: int64, side by side."""
+    return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+
+
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many there are in x [B, T, ...]."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def address(tensor: Tensor | None) -> int:

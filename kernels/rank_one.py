@@ -8,7 +8,6 @@ of the results do not depend on the number of threads: what is summed over tiles
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from kernels import jit_cpp, memory, pool
 from kernels.memory import address, columns_together
 from kernels.problem import Problem, state_dtype
 
-# in the order in which rank_one.h counts them
-FORMATS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 # of a tile's state, in the L1 cache beside the rows that pass by
 STATE_BYTES = 32768
 # so many parts are wanted, for threads to share
@@ -31,10 +28,7 @@ SERIAL_SIZE = 1 << 17
 
 def cannot(source: Path, problem: Problem) -> list[str]:
     """Why the backend cannot run the problem; empty if it can."""
-    if problem.dtypes["q"] not in FORMATS:
-        return [f"no kernel for q in {problem.dtypes['q']}"]
-    reason = jit_cpp.reason(source)
-    return [] if reason is None else [reason]
+    return memory.no_kernel(problem, "q") or jit_cpp.reasons(source)
 
 
 class Native:
@@ -84,7 +78,7 @@ class Native:
         parts: list[Tensor | None] = [None] * len(summed)
         if given.groups > 1:
             parts = [None if x is None else x.new_empty((given.groups, *x.shape), dtype=given.wide) for x in summed]
-        dy, dfinal = columns_together(dy), None if dfinal is None else dfinal.contiguous()
+        dy, dfinal = columns_together(dy), memory.contiguous(dfinal)
         self.run_backward(
             *given.fields,
             *memory.heads(dy),
@@ -112,11 +106,10 @@ class _Given:
         assert q is not None
         assert v is not None
         self.v, self.wide = v, state_dtype(q.dtype)
-        self.initial = None if initial is None else initial.contiguous()
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        self.initial, self.cu_seqlens = memory.contiguous(initial), memory.bounds(cu_seqlens)
         batch, length, heads, keys = q.shape
         values = v.shape[3]
-        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = memory.sequences(q, cu_seqlens)
         self.states = sequences, heads, keys, values
         vectors, self.groups = _tiles(sequences * heads, keys, values, self.wide.itemsize, vector_bytes)
         parallel = batch * length * heads * keys * values >= SERIAL_SIZE
@@ -128,12 +121,12 @@ class _Given:
             keys,
             values,
             0 if log_decay is None else log_decay.shape[3],
-            FORMATS[q.dtype],
-            0 if a is None else FORMATS[a.dtype],
+            memory.DTYPES[q.dtype],
+            0 if a is None else memory.DTYPES[a.dtype],
             torch.get_num_threads() if parallel else 1,
             vectors,
             self.groups,
-            *struct.unpack("q", struct.pack("d", scale)),
+            memory.bits(scale),
             *(number for x in self.kept for number in memory.heads(x)),
             address(self.initial),
         )

@@ -6,37 +6,32 @@ gradients of weights and biases are summed over runs of rows first, whoever comp
 
 from __future__ import annotations
 
-import functools
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import address, heads_side_by_side
+from kernels.memory import DTYPES, address, bits, heads_side_by_side, no_kernel
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # in the order in which native.cpp counts them
-FORMATS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 ACTIVATIONS = {"identity": 1, "silu": 2, "sigmoid": 3}
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
 # numbers that a thread takes at a time, forward
 RUN_SIZE = 16384
+_function = jit_cpp.functions(SOURCE)
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    if problem.dtypes["x"] not in FORMATS:
-        return [f"no kernel for x in {problem.dtypes['x']}"]
     activation = problem.options["activation"]
     if activation not in ACTIVATIONS and problem.options["gate"]:
         return [f"no kernel for activation {activation!r}"]
-    reason = jit_cpp.reason(SOURCE)
-    return [] if reason is None else [reason]
+    return no_kernel(problem, "x") or jit_cpp.reasons(SOURCE)
 
 
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
@@ -127,11 +122,11 @@ class _Given:
             center,
             0 if gate is None else ACTIVATIONS[activation],
             gate_first and gate is not None,
-            FORMATS[x.dtype],
+            DTYPES[x.dtype],
             torch.get_num_threads() if numbers >= SERIAL_SIZE else 1,
             run,
             numbers * x.element_size() >= config["around_cache_mib"] << 20,
-            _bits(eps),
+            bits(eps),
             x.data_ptr(),
             stride[0],
             stride[1],
@@ -147,13 +142,3 @@ def _widened(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if parameter is None or (parameter.dtype == dtype and parameter.is_contiguous()):
         return parameter
     return parameter.to(dtype).contiguous()
-
-
-@functools.cache
-def _bits(value: float) -> int:
-    return struct.unpack("q", struct.pack("d", value))[0]
-
-
-@functools.cache
-def _function(name: str, fields: int) -> Callable[..., None]:
-    return jit_cpp.load(SOURCE).function(name, fields)

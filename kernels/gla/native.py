@@ -6,31 +6,25 @@ head, and makes the others again. The bits of the results do not depend on the n
 
 from __future__ import annotations
 
-import functools
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import address, columns_together, heads
+from kernels.memory import DTYPES, address, bits, bounds, columns_together, contiguous, heads, no_kernel, sequences
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# in the order in which matrix.h counts them
-FORMATS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 # fewer numbers of states than this, in all rows, are done before a second thread has woken up
 SERIAL_SIZE = 1 << 18
+_function = jit_cpp.functions(SOURCE)
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    if problem.dtypes["q"] not in FORMATS:
-        return [f"no kernel for q in {problem.dtypes['q']}"]
-    reason = jit_cpp.reason(SOURCE)
-    return [] if reason is None else [reason]
+    return no_kernel(problem, "q") or jit_cpp.reasons(SOURCE)
 
 
 def configs(problem: Problem) -> Sequence[Mapping[str, int]]:
@@ -75,8 +69,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dlog_decay, dinitial_state, dbonus), each like its input, or None where `needs` says so."""
     given = _Given(q, k, v, log_decay, initial_state, bonus, cu_seqlens, scale)
-    dy = columns_together(dy)
-    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+    dy, dfinal_state = columns_together(dy), contiguous(dfinal_state)
     inputs = (q, k, v, log_decay, initial_state, bonus)
     found = [pool.empty_like(t) if needed and t is not None else None for t, needed in zip(inputs, needs)]
     dbonus = found[5]
@@ -117,10 +110,8 @@ class _Given:
     ) -> None:
         self.q, self.k, self.v = columns_together(q), columns_together(k), columns_together(v)
         self.log_decay = columns_together(log_decay)
-        self.initial_state = None if initial_state is None else initial_state.contiguous()
-        self.bonus = None if bonus is None else bonus.contiguous()
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        self.sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.initial_state, self.bonus = contiguous(initial_state), contiguous(bonus)
+        self.cu_seqlens, self.sequences = bounds(cu_seqlens), sequences(q, cu_seqlens)
         self.scale = scale
 
     def fields(self) -> tuple[int, ...]:
@@ -134,9 +125,9 @@ class _Given:
             K,
             V,
             1 if self.log_decay is None else self.log_decay.shape[3],
-            FORMATS[self.q.dtype],
+            DTYPES[self.q.dtype],
             torch.get_num_threads() if B * T * H * K * V >= SERIAL_SIZE else 1,
-            _bits(self.scale),
+            bits(self.scale),
             *heads(self.q),
             *heads(self.k),
             *heads(self.v),
@@ -144,14 +135,3 @@ class _Given:
             address(self.initial_state),
             address(self.bonus),
         )
-
-
-@functools.cache
-def _bits(number: float) -> int:
-    """Of a double, as an integer."""
-    return int(struct.unpack("q", struct.pack("d", number))[0])
-
-
-@functools.cache
-def _function(name: str, fields: int) -> Callable[..., None]:
-    return jit_cpp.load(SOURCE).function(name, fields)

@@ -7,8 +7,6 @@ threads: what is summed over channels or sequences is summed over blocks first, 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import FORMATS, address, side_by_side
+from kernels.memory import FORMATS, address, bounds, contiguous, no_kernel, sequences, side_by_side
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -24,15 +22,12 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 VECTORS = 4
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
+_function = jit_cpp.functions(SOURCE)
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    delta, x = problem.dtypes["delta"], problem.dtypes["x"]
-    if (delta, x) not in FORMATS:
-        return [f"no kernel for delta in {delta} with x in {x}"]
-    reason = jit_cpp.reason(SOURCE)
-    return [] if reason is None else [reason]
+    return no_kernel(problem, "delta", "x") or jit_cpp.reasons(SOURCE)
 
 
 def forward(
@@ -72,8 +67,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """(dx, ddelta, dA, dB, dC, dD, dinitial_state), each like its input, or None where `needs` says so."""
     given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens)
-    dy = None if dy is None else side_by_side(dy)
-    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+    dy, dfinal_state = side_by_side(dy), contiguous(dfinal_state)
     inputs = (x, delta, A, B, C, D, initial_state)
     found = [pool.empty_like(t) if needed and t is not None else None for t, needed in zip(inputs, needs)]
     dx, ddelta, dA, dB, dC, dD, dinitial_state = found
@@ -113,10 +107,8 @@ class _Given:
         self.x, self.delta = side_by_side(x), side_by_side(delta)
         # numbers that every channel reads are widened here, once for all blocks of channels
         self.A, self.B, self.C = A.contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous()
-        self.D = None if D is None else D.contiguous()
-        self.initial_state = None if initial_state is None else initial_state.contiguous()
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        self.sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.D, self.initial_state = contiguous(D), contiguous(initial_state)
+        self.cu_seqlens, self.sequences = bounds(cu_seqlens), sequences(x, cu_seqlens)
 
     def fields(self) -> tuple[int, ...]:
         """The fields of native.cpp's Problem."""
@@ -134,8 +126,3 @@ class _Given:
             *delta.stride()[:2],
             *map(address, (self.A, self.B, self.C, self.D, self.initial_state)),
         )
-
-
-@functools.cache
-def _function(name: str, fields: int) -> Callable[..., None]:
-    return jit_cpp.load(SOURCE).function(name, fields)

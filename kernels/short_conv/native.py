@@ -6,32 +6,27 @@ config: gradients of the weights are summed over runs of RUN rows first, whoever
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import address, side_by_side
+from kernels.memory import DTYPES, address, bounds, contiguous, no_kernel, sequences, side_by_side
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# in the order in which native.cpp counts them
-FORMATS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
 # rows that a thread takes at a time; backward, those whose gradients are summed in the format of the sums
 RUN = {"forward": 64, "backward": 256}
+_function = jit_cpp.functions(SOURCE)
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    if problem.dtypes["x"] not in FORMATS:
-        return [f"no kernel for x in {problem.dtypes['x']}"]
-    reason = jit_cpp.reason(SOURCE)
-    return [] if reason is None else [reason]
+    return no_kernel(problem, "x") or jit_cpp.reasons(SOURCE)
 
 
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
@@ -60,8 +55,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y like x, and final_state [N, W - 1, D] in x's dtype."""
     y = pool.empty_like(x)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final_state = x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
+    final_state = x.new_empty((sequences(x, cu_seqlens), weight.shape[1] - 1, x.shape[2]))
     given = _Given(x, weight, bias, initial_state, cu_seqlens)
     fields = given.fields("forward", activation, reverse, config)
     _function("short_conv_forward", 20)(*fields, y.data_ptr(), final_state.data_ptr())
@@ -84,8 +78,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias and dinitial_state, each like its input, or None where `needs` says so."""
     given = _Given(x, weight, bias, initial_state, cu_seqlens)
-    dy = None if dy is None else side_by_side(dy)
-    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+    dy, dfinal_state = side_by_side(dy), contiguous(dfinal_state)
     dx = pool.empty_like(x) if needs[0] else None
     dinitial_state = None
     if needs[3] and initial_state is not None:
@@ -125,8 +118,7 @@ class _Given:
         # [W, D]
         self.taps = _transposed(weight.to(sums))
         self.bias = None if bias is None else bias.to(sums).contiguous()
-        self.initial_state = None if initial_state is None else initial_state.contiguous()
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+        self.initial_state, self.cu_seqlens = contiguous(initial_state), bounds(cu_seqlens)
 
     def fields(self, direction: str, activation: str, reverse: bool, config: Mapping[str, int]) -> tuple[int, ...]:
         """The fields of native.cpp's Problem."""
@@ -136,13 +128,13 @@ class _Given:
         size = numbers * x.element_size()
         return (
             address(self.cu_seqlens),
-            batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
+            sequences(x, self.cu_seqlens),
             rows,
             columns,
             self.taps.shape[0],
             reverse,
             activation == "silu",
-            FORMATS[x.dtype],
+            DTYPES[x.dtype],
             torch.get_num_threads() if numbers >= SERIAL_SIZE else 1,
             RUN[direction],
             config["working_set_kib"] << 10,
@@ -161,8 +153,3 @@ def _transposed(weight: Tensor) -> Tensor:
     sizes = *weight.stride(), *weight.shape, weight.element_size()
     _function("short_conv_transpose", 7)(weight.data_ptr(), *sizes, taps.data_ptr())
     return taps
-
-
-@functools.cache
-def _function(name: str, fields: int) -> Callable[..., None]:
-    return jit_cpp.load(SOURCE).function(name, fields)
