@@ -76,7 +76,7 @@ def check(op: str, args: Sequence[Arg], tensors: Sequence[Tensor | None], cu_seq
     """The sizes of the axes, or an error that names the op, the axis and both values.
 
     Raises:
-        TypeError: a tensor is missing, is no tensor or has the wrong dtype.
+        TypeError: a tensor is missing or has the wrong dtype.
         ValueError: a shape or a device does not fit.
     """
     sizes: dict[str, int] = {}

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent
 FRAMEWORK = frozenset(
     ROOT / f"{name}.py"
     for name in (
-        *("agreement", "catalogue", "comparison", "engine", "explain", "flops", "op", "predict", "problem"),
-        *("registration", "sources", "trial", "trial_process", "triton_aot", "tuning"),
+        *("agreement", "backend", "catalogue", "comparison", "declaration", "engine", "explain", "flops", "op"),
+        *("predict", "problem", "registration", "sources", "trial", "trial_process", "triton_aot", "tuning"),
     )
 )
 IMPORT = re.compile(r"^ *from kernels([\w.]*) import (?:\(([^)]*)\)|(.+))$", re.MULTILINE)

@@ -111,6 +111,19 @@ def test_an_unknown_backend_names_those_there_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    op = OPS[name]
+    sizes = {letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 4, "S": 4}
+    sampled = op.sample(sizes, dtype=torch.float32)
+    given = {**{arg.name: sampled[arg.name] for arg in op.inputs}, "cu_seqlens": torch.tensor([0, 4])}
+    for axis, tensor in given.items():
+        for wrong in ([1.0], 1.0) if tensor is None else (tensor.tolist(), tensor.numpy()):
+            args = [*{**given, axis: wrong}.values(), *op.options.values(), "auto"]
+            with pytest.raises(TypeError, match=rf"^{name}: {axis} is {type(wrong).__name__}, expected a tensor$"):
+                op(*args)
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_flops_are_counted(name: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
