@@ -5,12 +5,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Outputs = Any
+
+
+class Prepared(NamedTuple):
+    """What a candidate's `prepare` makes. run: the call that is compared and timed; others: what other calls of the
+    candidate returned, to be compared once."""
+
+    run: Callable[[], Outputs]
+    others: Outputs = None
 
 
 @dataclass(frozen=True)
@@ -23,22 +31,27 @@ class Failure:
     limit_s: float | None = None
 
 
+# Called with what a candidate's call returned, its other results and the reference's: None, or what differs.
+Agree = Callable[[Outputs, Outputs, Outputs], str | None]
+
+
 def check(
-    prepare: Callable[[], Callable[[], Outputs]], expected: Outputs, agree: Callable[[Outputs, Outputs], str | None]
-) -> tuple[Callable[[], Outputs], Outputs] | Failure:
-    """The call and what it returned if the candidate is right, else what is wrong with it."""
+    prepare: Callable[[], Prepared], expected: Outputs, agree: Agree
+) -> tuple[Callable[[], Outputs], list[int]] | Failure:
+    """The call and the checksums of what it returns if the candidate is right, else what is wrong with it."""
     try:
-        run = prepare()
+        run, others = prepare()
         # A copy: the second call may write into the same buffers.
         first = _copy(run())
     except Exception as error:
         return Failure("error", described(error))
     try:
-        difference = agree(first, expected)
+        difference = agree(first, others, expected)
     except Exception as error:
         return Failure("wrong", f"cannot be compared with the reference: {described(error)}")
     if difference is not None:
         return Failure("wrong", difference)
+    del others
     try:
         second = run()
         same = same_bits(first, second)
@@ -46,7 +59,7 @@ def check(
         return Failure("error", f"at the second call: {described(error)}")
     if not same:
         return Failure("wrong", "not deterministic: two calls with the same inputs gave different bits")
-    return run, first
+    return run, checksums(first)
 
 
 def same_bits(a: Outputs, b: Outputs) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autotune import lookup, record
-from autotune.check import Failure, Outputs, check, checksums, described
+from autotune.check import Agree, Failure, Outputs, Prepared, check, checksums, described
 from autotune.device import synchronizer
 from autotune.key import Key
 from autotune.measure import Interleaved, Timing
@@ -36,7 +36,8 @@ _warned: set[Path] = set()
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to try. prepare: makes (compiles, if need be) the call that is run, compared and timed.
+    """Something to try. prepare: makes (compiles, if need be) the call that is compared and timed, and what else is
+    compared.
 
     The call returns its outputs: a tensor, None, a number, or tuples, lists and dicts of them. It may be called many
     times; where it would change its inputs, `prepare` makes it inputs of its own.
@@ -44,7 +45,7 @@ class Candidate:
 
     backend: str
     config: Config
-    prepare: Callable[[], Callable[[], Outputs]]
+    prepare: Callable[[], Prepared]
 
     @property
     def name(self) -> record.Candidate:
@@ -70,7 +71,7 @@ def search(
     key: Key,
     candidates: Sequence[Candidate],
     reference: Callable[[], Outputs],
-    agree: Callable[[Outputs, Outputs], str | None],
+    agree: Agree,
     *,
     source: str,
     seconds: float = 10.0,
@@ -86,9 +87,9 @@ def search(
 
     A candidate is timed only after its outputs agreed with the reference's and came out with the same bits twice;
     else it is recorded as "wrong" with the reason, or as "error" if it raised; so is one whose bits change while it is
-    timed. agree(outputs, expected) returns None, or what differs. Those that pass are timed against one another,
-    together with the fastest candidate known so far, so that one comparison is never between two occasions. Failures
-    are saved at once, timings after their rounds, and also when the search is interrupted in the middle of them.
+    timed. agree(outputs, others, expected) returns None, or what differs. Those that pass are timed against one
+    another, together with the fastest candidate known so far, so that one comparison is never between two occasions.
+    Failures are saved at once, timings after their rounds, and also when the search is interrupted in the middle.
 
     source: hash of the op's sources. seconds: no check starts when three quarters are over, no sample when all
     are; a check in progress cannot be cut short, and what passed always gets the last quarter. Candidates that got no
@@ -144,9 +145,7 @@ def search(
         found = check(candidate.prepare, expected, agree)
         if not isinstance(found, Failure):
             ready.append((candidate, found[0]))
-            bits.append(checksums(found[1]))
-            # the copy of its results would be kept through all of the timing
-            del found
+            bits.append(found[1])
             continue
         save(candidate, found.status, message=found.message)
         if found.status == "error":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autotune.check import Prepared
 from kernels.agreement import Expected, Inputs, draw
 from kernels.op import Backend, Config, Op
 from kernels.problem import Problem, size_of, state_dtype
@@ -89,16 +89,16 @@ class Comparison:
             last=expected_last(self.last[0]) if self.last else None,
         )
 
-    def prepare(self, backend: Backend, config: Config) -> Callable[[], Any]:
-        """The call to be timed; it also returns the results of the others, which ran once."""
+    def prepare(self, backend: Backend, config: Config) -> Prepared:
+        """The call to be timed, and the results of the shorter problem and of the last rows."""
         run = self.timed.call(backend, config)
         short = self.short and self.short.call(backend, config)()
         last = self.last and last_rows(self.last[1], self.last[1].call(backend, config)())
-        return lambda: (run(), short, last)
+        return Prepared(run, (short, last))
 
-    def agree(self, outputs: Any, expected: Reference) -> str | None:
+    def agree(self, whole: Any, others: Any, expected: Reference) -> str | None:
         """None, or what differs."""
-        whole, short, last = outputs
+        short, last = others
         if expected.whole is not None:
             wrong = expected.whole.difference(whole)
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workshop import Workshop
 
 import autotune
 from autotune import lookup
@@ -43,3 +44,8 @@ def make_record() -> Callable[..., Record]:
         return Record(key, backend, status="ok", median_s=outcome, **{"spread_s": 0.0, "rounds": 7, **facts})
 
     return make
+
+
+@pytest.fixture
+def shop() -> Workshop:
+    return Workshop()
