@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
 from mixers.parts import LowerBounded, choice
+from mixers.recompute import in_chunks
 from mixers.registry import register
 
 
@@ -31,6 +32,10 @@ class HGRN(LowerBounded, SequenceMixer):
     Shapes: x, y [B, T, dim]; state {"h": [B, D, 2] (complex, as pairs) or [B, D]}, D = expand · dim, in float32
     (float64 for float64 x); with short_conv = W also "conv_i", "conv_f": the last W − 1 inputs.
     Cost: 7 dim² (complex) or 4 dim² multiplications a token at expand = 1; the state does not grow with T.
+    Memory: for the backward pass 12 dim numbers a token at expand = 1 in the activations' dtype (x, i, f, g, h,
+    [Re h | Im h], norm(h) ⊙ g), real 6 dim (x, i, f, g, h, norm(h) ⊙ g): 24 or 12 KiB a token and layer in float32 at
+    dim 512. With recompute=True 6 dim (x, i, f, g), real 4 dim: 12 or 8 KiB, and a state for every 1,024 rows.
+    `python benchmarks/memory.py` counts them.
 
     Args:
         dim: width of x and y.
@@ -42,7 +47,8 @@ class HGRN(LowerBounded, SequenceMixer):
         short_conv: width of a causal depthwise convolution on the projections i and f; 0 for none.
         lower_bound: γ: None (0), a number, a tensor [D], or anything callable that returns one.
         bidirectional: a second, reversed scan with a θ of its own, summed with the first before the norm.
-        backend: of the recurrence; see `kernels.hgru.hgru`.
+        recompute: the backward pass makes all but the projections again, one chunk of time after the other.
+        backend: of the recurrence alone; see `kernels.hgru.hgru`.
 
     Source: Qin, Yang, Zhong, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", arXiv 2311.04823;
     github.com/OpenNLPLab/HGRN.
@@ -64,13 +70,14 @@ class HGRN(LowerBounded, SequenceMixer):
         short_conv: int = 0,
         lower_bound: float | Tensor | Callable[[], Tensor] | None = None,
         bidirectional: bool = False,
+        recompute: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         if short_conv and bidirectional:
             raise ValueError("hgrn: short_conv looks back in time only; it cannot be combined with bidirectional=True")
         self.dim, self.width, self.complex = dim, dim * expand, complex
-        self.causal, self.backend = not bidirectional, backend
+        self.causal, self.recompute, self.backend = not bidirectional, recompute, backend
         numbers = self.width * (2 if complex else 1)
         self.i_proj = nn.Linear(dim, numbers, bias=bias)
         self.f_proj = nn.Linear(dim, self.width, bias=bias)
@@ -101,7 +108,14 @@ class HGRN(LowerBounded, SequenceMixer):
         return state
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        i, f, g = self.i_proj(x), self.f_proj(x), self.g_proj(x)
+        rows = self.i_proj(x), self.f_proj(x), self.g_proj(x)
+        if self.recompute:
+            return in_chunks(self._mix, rows, state, cu_seqlens)
+        return self._mix(rows, state, cu_seqlens)
+
+    def _mix(self, rows: Sequence[Tensor], state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        """All that follows the projections i, f, g."""
+        i, f, g = rows
         after = dict(state) if self.causal else {}
         if self.short_conv:
             i, after["conv_i"] = _convolve(i, self.i_conv, state["conv_i"], cu_seqlens)
