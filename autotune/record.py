@@ -114,9 +114,8 @@ class Record:
         Raises:
             ValueError, TypeError: the config or an option holds something that JSON cannot.
         """
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.predicted is None:
-            del data["predicted"]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        data = {name: value for name, value in values.items() if value is not None}
         if self.status == "predicted":
             # shipped by the hundred, and nothing was measured
             data = {name: value for name, value in data.items() if value or name == "config"}

@@ -166,9 +166,14 @@ def search(
 
 def _recorded(key: Key, source: str, store: Store) -> list[Record]:
     """What the store has for the key, oldest first: from memory if it is the one that look-ups go by."""
-    if store.path == lookup.user_store(key.device).path:
+    if _looked_up(key, store):
         return [row for row, where, _ in reversed(lookup.listing(key, source)) if where == "user"]
     return [row for row in store.read() if row.key == key]
+
+
+def _looked_up(key: Key, store: Store) -> bool:
+    """Whether it is the store that look-ups of the key go by."""
+    return store.path == lookup.user_store(key.device).path
 
 
 def _order(candidates: Sequence[Candidate], known: Mapping[record.Candidate, Record], retime: bool) -> list[Candidate]:
@@ -189,16 +194,14 @@ def _again(known: Record, seconds: float) -> bool:
     return known.failed and known.limit_s is not None and CHECKING * seconds >= PATIENCE * known.limit_s
 
 
-def trusted(key: Key, source: str) -> set[record.Candidate]:
+def trusted(key: Key, source: str, store: Store | None = None) -> set[record.Candidate]:
     """The candidates found right on this device with these sources, for any problem of the op in this direction.
 
-    Goes through the whole table.
+    store: what says so, by default all that look-ups go by. Goes through the whole table.
     """
-    return {
-        row.candidate
-        for row in lookup.rows(key.device)
-        if (row.key.op, row.key.direction, row.source, row.status) == (key.op, key.direction, source, "ok")
-    }
+    rows = lookup.rows(key.device) if store is None or _looked_up(key, store) else store.read()
+    right = (key.op, key.direction, key.device, source, "ok")
+    return {r.candidate for r in rows if (r.key.op, r.key.direction, r.key.device, r.source, r.status) == right}
 
 
 def _still_there(device: torch.device | None, candidate: Candidate, message: str) -> None:

@@ -73,6 +73,7 @@ def explain(op: Op, problem: Problem, plan: Plan | None = None) -> Explanation:
     known = _newest(autotune.listing(measured, op.source))
     refused = {record.candidate: record for record in autotune.refused(key, op.source)}
     chosen = name_of(plan.backend.name, plan.config)
+    prediction = choice.record if choice is not None and plan.origin == "predicted" else None
     verdicts = []
     for backend in op.backends:
         reasons = backend.cannot(problem)
@@ -82,9 +83,9 @@ def explain(op: Op, problem: Problem, plan: Plan | None = None) -> Explanation:
         for config in backend.configs(problem):
             name = name_of(backend.name, config)
             record = refused.get(name) or known.get(name, (None, False))[0]
-            if record is None and choice is not None and choice.record.status == "predicted" and name == chosen:
-                record = choice.record
             stale = name not in refused and known.get(name, (None, False))[1]
+            if prediction is not None and prediction.candidate == name == chosen:
+                record, stale = prediction, False
             verdicts.append(_verdict(name, config, record, stale, chosen, known.get(chosen, (None, False))[0]))
     return Explanation(problem, plan, _origin(op, problem, plan, choice), measured, tuple(verdicts))
 

@@ -175,26 +175,26 @@ def compile_all(
     which a compiler that crashes takes with it."""
     card(target)
     _aot()
-    kinds = list({_kind(problem): problem for problem in reversed(problems)}.values())
+    one_each = list({_kind(problem): problem for problem in reversed(problems)}.values())
     if processes <= 1:
-        for done, problem in enumerate(kinds):
-            _tell(progress, done, len(kinds))
+        for done, problem in enumerate(one_each):
+            _tell(progress, done, len(one_each))
             _compile(target, folder, problem)
     else:
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            work = [pool.submit(_compile, target, folder, problem) for problem in kinds]
+            work = [pool.submit(_compile, target, folder, problem) for problem in one_each]
             for done, each in enumerate(as_completed(work)):
                 each.result()
-                _tell(progress, done, len(kinds))
-    _tell(progress, len(kinds), len(kinds))
+                _tell(progress, done, len(one_each))
+    _tell(progress, len(one_each), len(one_each))
 
 
 def _kind(problem: Problem) -> tuple[Any, ...]:
     """Problems of one kind launch the same kernels: sizes only matter by what divides them, and where they are few."""
-    inner = {name: size for name, size in problem.sizes.items() if name not in ("B", "N", "T")}
-    heads = {
+    kinds = {
         name: size if size < 512 and name != "H" else 1 if size == 1 else 16 if size % 16 == 0 else 0
-        for name, size in inner.items()
+        for name, size in problem.sizes.items()
+        if name not in ("B", "N", "T")
     }
     options = tuple(sorted((name, str(value)) for name, value in problem.options.items()))
     offered = [
@@ -203,7 +203,7 @@ def _kind(problem: Problem) -> tuple[Any, ...]:
         if hasattr(backend.loaded, "compile_for") and not backend.cannot(problem)
         for config in backend.configs(problem)
     ]
-    return problem.op, problem.direction, problem.dtype_name, tuple(heads.items()), options, tuple(sorted(offered))
+    return problem.op, problem.direction, problem.dtype_name, tuple(kinds.items()), options, tuple(sorted(offered))
 
 
 def _compile(target: str, folder: Path, problem: Problem) -> None:

@@ -89,7 +89,7 @@ def _tune(
     ]
 
     apart = {backend.name: backend for backend, _ in offered if trials.needed(op, backend, problem)}
-    known = trusted(key, op.source) if apart else set()
+    known = trusted(key, op.source, store) if apart else set()
 
     def trial(candidate: Candidate, left: float) -> Failure | None:
         backend = apart.get(candidate.backend)

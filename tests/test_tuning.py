@@ -174,6 +174,28 @@ def test_explain_says_that_the_sources_have_changed(monkeypatch: pytest.MonkeyPa
     }
 
 
+def test_explain_says_predicted_only_where_that_decided(monkeypatch: pytest.MonkeyPatch, store: autotune.Store) -> None:
+    op = planted(monkeypatch, lazy=(slow, slow))
+    posed = problem(op)
+    store.append(autotune.Record(op.key(posed), "lazy", {}, "predicted", source=op.compiled_source))
+    found = explain(op, posed)
+    assert found.origin.startswith("predicted, not measured, for this length")
+    assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {
+        "naive": ("not measured", ""),
+        "lazy": ("chosen", "predicted, not measured"),
+    }
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = explain(op, posed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.origin.startswith("by rule, because torch.use_deterministic_algorithms is on")
+    assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {
+        "naive": ("not measured", ""),
+        "lazy": ("chosen", ""),
+    }
+
+
 def test_what_cannot_run_says_why() -> None:
     verdict = next(v for v in explain(SCAN, problem()).verdicts if v.backend == "triton")
     assert (verdict.status, verdict.config) == ("cannot", None)

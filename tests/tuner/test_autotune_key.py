@@ -152,6 +152,17 @@ def test_details_may_be_absent(make_record: Callable[..., Record]) -> None:
     assert Record.from_line(json.dumps(bare)).threads == 0
 
 
+def test_what_is_not_known_is_left_out_and_null_says_the_same(make_record: Callable[..., Record]) -> None:
+    for record, absent in (
+        (make_record("native"), {"limit_s", "predicted"}),
+        (make_record("native", "wrong"), {"median_s"}),
+    ):
+        data = json.loads(record.to_line())
+        assert not absent & set(data)
+        assert None not in data.values()
+        assert Record.from_line(json.dumps({**data, **dict.fromkeys(absent)})) == record
+
+
 @pytest.mark.parametrize(
     "change",
     [

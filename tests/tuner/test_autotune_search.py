@@ -257,7 +257,7 @@ def test_what_gave_no_result_is_tried_again_with_twice_the_time(shop: Workshop, 
 
 
 def test_trusted_is_what_was_right_in_this_direction_with_these_sources(
-    make_key: Callable[..., Key], make_record: Callable[..., Record]
+    tmp_path: Path, make_key: Callable[..., Key], make_record: Callable[..., Record]
 ) -> None:
     other_size = make_key(length=8, sizes=(("D", 3),))
     rows = [
@@ -270,7 +270,12 @@ def test_trusted_is_what_was_right_in_this_direction_with_these_sources(
     store = autotune.user_store("toy-device")
     for row in rows:
         store.append(row)
-    assert trusted(make_key(), "src") == {("right", ())}
+    assert trusted(make_key(), "src") == trusted(make_key(), "src", store) == {("right", ())}
+    elsewhere = Store(tmp_path / "other.jsonl")
+    assert trusted(make_key(), "src", elsewhere) == set()
+    for row in (make_record("there"), make_record("other device", key=make_key(device="toy"))):
+        elsewhere.append(row)
+    assert trusted(make_key(), "src", elsewhere) == {("there", ())}
 
 
 def test_a_faulty_reference_is_the_callers_error(shop: Workshop, make_key: Callable[..., Key]) -> None:
