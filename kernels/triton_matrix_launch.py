@@ -5,6 +5,7 @@ Under TRITON_INTERPRET=1 they run on the CPU, slowly, for tests. triton_matrix.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.memory import contiguous as one_contiguous
 from kernels.problem import Problem, state_dtype
 from kernels.triton_aot import Compiled
 from kernels.triton_launch import CONSTANTS, Launch, compile_all
@@ -65,7 +67,54 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any], num_warps: int
     return Launch(kernel, programs, arguments, num_warps, num_stages=1, registers=REGISTERS[dtype])
 
 
-class Recurrence:
+class Blocks:
+    """How states are shared out: to a program all keys, and so many columns as the config has room for, of one state.
+
+    like: a sequence [B, T, ...]. shape: of a sequence's states, [..., K, columns] or the other way round.
+    """
+
+    def __init__(
+        self, like: Tensor, cu_seqlens: Tensor | None, shape: tuple[int, ...], keys: int, columns: int,
+        config: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self.like, self.config, self.dtype = like, config, state_dtype(like.dtype)
+        self.shape, self.keys, self.cu_seqlens = shape, keys, one_contiguous(cu_seqlens)
+        self.batch, self.length = like.shape[:2]
+        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.BK = triton.next_power_of_2(keys)
+        room = max(1, config["numbers"] * config["num_warps"] * 32 // self.BK)
+        self.block = min(triton.next_power_of_2(columns), room * 4 // self.dtype.itemsize or 1)
+        self.blocks = -(-columns // self.block)
+        self.programs = self.sequences * math.prod(shape[:-2]) * self.blocks
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.like.new_empty(shape, dtype=dtype or self.dtype)
+
+    def state(self) -> Tensor:
+        """Of every sequence."""
+        return self.new(self.sequences, *self.shape)
+
+    def kept(self) -> Tensor:
+        """The state before every R-th row of each sequence; where their lengths are unknown, room for no fewer."""
+        rows = self.config["rows"]
+        count = self.batch * -(-self.length // rows)
+        if self.cu_seqlens is not None:
+            count = self.length // rows + self.sequences
+        return self.new(count, *self.shape)
+
+    def launch(self, kernel: Any, arguments: Mapping[str, Any]) -> Launch:
+        shared = {
+            "cu_seqlens": self.cu_seqlens,
+            "T": self.length,
+            "K": self.keys,
+            "STATE": CONSTANTS[self.dtype],
+            "R": self.config["rows"],
+            "BK": self.BK,
+        }
+        return launch(kernel, self.programs, {**arguments, **shared}, self.config["num_warps"], self.dtype)
+
+
+class Recurrence(Blocks):
     """The inputs of an op with a matrix state, its two kernels, and how they are launched.
 
     rows: q, k, v, log_decay [B, T, H, J] and the op's others, by name. parameters: [H, K]; their gradients are sums
@@ -83,25 +132,14 @@ class Recurrence:
         config: Mapping[str, int],
         parameters: Mapping[str, Tensor | None] | None = None,
     ) -> None:
-        self.kernels, self.scale, self.config = kernels, scale, config
+        self.kernels, self.scale = kernels, scale
         self.rows, self.parameters = contiguous(rows), contiguous(parameters or {})
-        self.initial, self.cu_seqlens = contiguous({"initial": initial_state, "cu_seqlens": cu_seqlens}).values()
-        q, self.v = self.rows["q"], self.rows["v"]
+        self.initial = one_contiguous(initial_state)
+        q, v = self.rows["q"], self.rows["v"]
         assert q is not None
-        self.dtype = state_dtype(q.dtype)
-        self.batch, self.length, self.heads, self.keys = q.shape
-        self.values = self.like.shape[3]
-        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.BK = triton.next_power_of_2(self.keys)
-        room = max(1, config["numbers"] * config["num_warps"] * 32 // self.BK)
-        self.BV = min(triton.next_power_of_2(self.values), room * 4 // self.dtype.itemsize or 1)
-        self.blocks = -(-self.values // self.BV)
-
-    @property
-    def like(self) -> Tensor:
-        """v, and the device and dtype of sequences."""
-        assert self.v is not None
-        return self.v
+        assert v is not None
+        self.heads, keys, self.values = q.shape[2], q.shape[3], v.shape[3]
+        super().__init__(v, cu_seqlens, (self.heads, keys, self.values), keys, self.values, config)
 
     def run_forward(self) -> tuple[Tensor, Tensor]:
         """(y [B, T, H, V], final_state [N, H, K, V])"""
@@ -127,20 +165,6 @@ class Recurrence:
         every = dict.fromkeys((*self.rows, "initial", *self.parameters), True)
         backward = self.backward(self.like, self.initial, self.kept(), self.gradients(every))
         return compile_all([self.forward(None, None, self.kept()), backward], target)
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.like.new_empty(shape, dtype=dtype or self.dtype)
-
-    def state(self) -> Tensor:
-        return self.new(self.sequences, self.heads, self.keys, self.values)
-
-    def kept(self) -> Tensor:
-        """The state before every R-th row of each sequence; where their lengths are unknown, room for no fewer."""
-        rows = self.config["rows"]
-        count = self.batch * -(-self.length // rows)
-        if self.cu_seqlens is not None:
-            count = self.length // rows + self.sequences
-        return self.new(count, self.heads, self.keys, self.values)
 
     def gradients(self, needs: Mapping[str, bool]) -> dict[str, Tensor | None]:
         """Where the gradients go; sums over all values, in one part for each block of them."""
@@ -183,36 +207,26 @@ class Recurrence:
     def backward(
         self, dy: Tensor | None, dfinal: Tensor | None, kept: Tensor, found: Mapping[str, Tensor | None]
     ) -> Launch:
-        scratch = self.new(self.programs, self.config["rows"], self.BK, self.BV)
+        scratch = self.new(self.programs, self.config["rows"], self.BK, self.block)
         arguments = {**contiguous({"dy": dy, "dfinal": dfinal}), **self.rows, **self.parameters, "kept": kept}
         sizes = {"ROWS": self.batch * self.length} | ({"N": self.sequences} if self.parameters else {})
         return self._launch(self.kernels[1], {**arguments, "scratch": scratch, **found, **sizes})
 
-    @property
-    def programs(self) -> int:
-        return self.sequences * self.heads * self.blocks
-
     def _launch(self, kernel: Any, arguments: dict[str, Any]) -> Launch:
         log_decay = self.rows["log_decay"]
         arguments |= {
-            "cu_seqlens": self.cu_seqlens,
             # a number known to the compiler has all its digits, an argument those of float32
             "SCALE": self.scale,
-            "T": self.length,
             "H": self.heads,
-            "K": self.keys,
             "V": self.values,
             "PER_KEY": log_decay is not None and log_decay.shape[3] > 1,
-            "STATE": CONSTANTS[self.dtype],
-            "R": self.config["rows"],
-            "BK": self.BK,
-            "BV": self.BV,
+            "BV": self.block,
         }
-        return launch(kernel, self.programs, arguments, self.config["num_warps"], self.dtype)
+        return self.launch(kernel, arguments)
 
 
 def contiguous(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+    return {name: one_contiguous(tensor) for name, tensor in tensors.items()}
 
 
 def shapes(problem: Problem, keyed: Sequence[str], narrow: Sequence[str] = ()) -> dict[str, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Problems for Triton kernels of recurrences with a matrix state, which apart/*_values.py run in the interpreter."""
+"""Problems for Triton kernels, which apart/*_values.py run in the interpreter and apart/*_compile.py compile."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from kernels.agreement import Expected, Inputs, draw, pose
 from kernels.op import Backend, Op
 
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+# Of decays or parameters, and of sequences
+DTYPES = [(d, d) for d in (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)] + [(FLOAT32, FLOAT16), (FLOAT32, BFLOAT16)]
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # A tile of 32 numbers to a program, a state kept before every fourth row
 CONFIG = {"numbers": 1, "num_warps": 1, "rows": 4}
 HARD = torch.tensor([-math.inf, math.log(1e-30), math.log(1e-3), math.log(0.5), 0.0], dtype=torch.float64)
@@ -34,11 +37,12 @@ def triton(op: str) -> Backend:
 
 
 def cases(facts: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
-    """Random combinations, the same ones each time, in which every value occurs."""
-    found = [{name: random.Random(f"{seed} {name}").choice(v) for name, v in facts.items()} for seed in range(count)]
+    """Random combinations, the same ones each time, in which the values of a fact occur equally often (to one)."""
+    columns = {}
     for name, values in facts.items():
-        assert {str(case[name]) for case in found} == {str(value) for value in values}, name
-    return found
+        assert count >= len(values), name
+        columns[name] = random.Random(name).sample([values[i % len(values)] for i in range(count)], count)
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def posed(
@@ -67,30 +71,50 @@ def without(inputs: Inputs, name: str) -> Inputs:
     return replace(inputs, tensors=tuple(None if n == name else t for n, t in zip(names, inputs.tensors)))
 
 
+def distinct(configs: Sequence[dict[str, int]]) -> list[dict[str, int]]:
+    """Without those that are no other code: how many steps a chunk has is an argument."""
+    return list({str({**config, "split": "split" in config}): config for config in configs}.values())
+
+
+def size(*tensors: torch.Tensor | None) -> int:
+    """In bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
 def agrees(inputs: Inputs, config: Mapping[str, int] = CONFIG) -> None:
-    wrong = Expected.of(inputs).difference(inputs.call(triton(inputs.op.name), config)())
+    wrong = Expected.of(inputs).difference(inputs.call(inputs.op.backend("triton"), config)())
     assert wrong is None, f"{wrong} ({inputs.problem})"
 
 
-def check_any_order(inputs: Inputs) -> None:
+def check_bytes(inputs: Inputs, config: Mapping[str, int], launches: int, limit: float = 1.05) -> None:
+    """So many launches move at most so many times the bytes of what goes in and of what comes out."""
+    from triton_interpreter import counting
+
+    with counting() as traffic:
+        found = inputs.call(inputs.op.backend("triton"), config)()
+    assert traffic.launches == launches
+    least = size(*inputs.tensors, *found)
+    assert 0.97 * least <= traffic.moved <= limit * least, (inputs.problem, config)
+
+
+def check_any_order(inputs: Inputs, config: Mapping[str, int] = CONFIG) -> None:
     """Programs in random order give the same bits."""
     from triton_interpreter import shuffled
 
-    call = inputs.call(triton(inputs.op.name), CONFIG)
+    call = inputs.call(inputs.op.backend("triton"), config)
     expected = call()
     with shuffled(0):
         found = call()
     for f, e in zip(found, expected, strict=True):
-        assert f is not None
-        assert e is not None
-        assert torch.equal(f, e)
+        assert (f is None) == (e is None)
+        assert f is None or (e is not None and torch.equal(f, e))
 
 
 def check_needs(inputs: Inputs, **options: Any) -> None:
     """Only the gradients that are needed come back, with the bits that they have beside all others, in two launches."""
     from triton_interpreter import counting
 
-    count, function = len(inputs.op.inputs), triton(inputs.op.name).function("backward")
+    count, function = len(inputs.op.inputs), inputs.op.backend("triton").function("backward")
 
     def gradients(needs: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
         return function(*inputs.tensors, None, **options, needs=needs, config=CONFIG)

@@ -5,7 +5,6 @@ triton_kernels.py has the kernels. Under TRITON_INTERPRET=1 they run on the CPU,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_aot
-from kernels.gated_norm.triton_kernels import add_partials, norm_backward, norm_forward
-from kernels.memory import heads_side_by_side
+from kernels import triton_aot, triton_sums
+from kernels.gated_norm.triton_kernels import norm_backward, norm_forward
+from kernels.memory import contiguous, heads_side_by_side
 from kernels.problem import Problem, state_dtype
-from kernels.triton_launch import CONSTANTS, Launch, distances, lanes, missing
+from kernels.triton_launch import CONSTANTS, Launch, compile_all, distances, in_units, lanes, missing
 
 INTERPRETED = not isinstance(norm_forward, triton.JITFunction)
 ACTIVATIONS = ("identity", "silu", "sigmoid")
@@ -26,8 +25,6 @@ ACTIVATIONS = ("identity", "silu", "sigmoid")
 MOST_WIDTH = 4096
 # Rows of a program backward where programs are many anyway, so that its sums are few beside them
 MANY_ROWS, LONG, SHORT = 32768, 128, 32
-# Programs that each add as many sums at a time, for as many columns
-ADD = {"BP": 32, "BD": 64}
 
 
 def cannot(problem: Problem) -> list[str]:
@@ -125,8 +122,8 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
     named = (options["center"], options["activation"], options["gate_first"], options["eps"])
     given = _Given(x, gate, weight, bias, *named, config, triton_aot.lanes(target))
     if problem.direction == "forward":
-        return [given.forward(x).compile_for(target)]
-    return [launch.compile_for(target) for launch in given.backward(x, x, gate, weight, bias)]
+        return compile_all([given.forward(x)], target)
+    return compile_all(given.backward(x, x, gate, weight, bias), target)
 
 
 @dataclass(frozen=True)
@@ -153,16 +150,13 @@ class _Given:
         state, (batch, length, heads, width) = state_dtype(self.x.dtype), self.x.shape
         chunks, partial = -(-batch * length // self.config["CT"]), None
         if dweight is not None or dbias is not None:
-            partial = self.x.new_empty((chunks, 2, heads, width), dtype=state)
+            partial = self.x.new_empty((chunks, 2, heads * width), dtype=state)
         read = {"x": self.x, "gate": self.gate, "dy": dy}
         kinds = {"DWEIGHT": dweight is not None, "DBIAS": dbias is not None, "CT": self.config["CT"]}
         written = {"dx": dx, "dgate": dgate, "partial": partial, **kinds}
         launches = [self._launch(norm_backward, read, written, self.config["CT"])]
         if partial is not None:
-            sums = {"partial": partial, "dweight": dweight, "dbias": dbias, "chunks": chunks}
-            sums |= {"columns": heads * width, "STATE": CONSTANTS[state], **ADD}
-            programs = -(-heads * width // ADD["BD"]) * ((dweight is not None) + (dbias is not None))
-            launches.append(Launch(add_partials, programs, sums, 4))
+            launches.append(triton_sums.add(partial, dweight, dbias))
         return launches
 
     def _launch(
@@ -172,9 +166,6 @@ class _Given:
         batch, length, heads, width = self.x.shape
         state = state_dtype(self.x.dtype)
         tensors = {name: None if tensor is None else heads_side_by_side(tensor) for name, tensor in read.items()}
-        apart = distances(tensors)
-        # What divides every distance is told to the compiler, which may then move 16 bytes at a time
-        unit = math.gcd(8, width, *apart.values())
         block = triton.next_power_of_2(width)
         numbers = max(1, self.config["numbers"] * 4 // state.itemsize)
         tile = max(block, self.config["warps"] * self.lanes * numbers)
@@ -183,14 +174,13 @@ class _Given:
         arguments: dict[str, Any] = {
             **tensors,
             **rest,
-            **{name: distance // unit for name, distance in apart.items()},
-            "weight": None if self.weight is None else self.weight.contiguous(),
-            "bias": None if self.bias is None else self.bias.contiguous(),
+            **in_units(width, distances(tensors)),
+            "weight": contiguous(self.weight),
+            "bias": contiguous(self.bias),
             "rows": batch * length,
             "T": length,
             "H": heads,
             "V": width,
-            "UNIT": unit,
             "EPS": self.eps,
             "CENTER": self.center,
             "ACTIVATION": self.activation,

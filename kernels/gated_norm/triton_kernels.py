@@ -1,7 +1,7 @@
 """The Triton kernels of the gated norm and its gradient: each number is read once and written once.
 
 A program has one head of R rows at a time, as a tile [R, BV] of BV >= V columns in registers. Backward it goes through
-CT rows of one head and adds what they give to the gradients of weight and bias; a small launch adds those of all
+CT rows of one head and adds what they give to the gradients of weight and bias; triton_sums.py adds those of all
 programs, in one order. Sums are in STATE, float32 or for float64 rows float64. No two programs write to one place,
 nothing that is read is written, and there are no atomics: the programs may run in any order and give the same bits.
 """
@@ -136,24 +136,3 @@ def norm_backward(
         tl.store(partial + place, tl.sum(dweight, 0), column < V)
     if DBIAS:
         tl.store(partial + H * V + place, tl.sum(dbias, 0), column < V)
-
-
-@triton.jit(do_not_specialize=["chunks", "columns"])
-def add_partials(partial, dweight, dbias, chunks, columns, STATE: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
-    # Rows [columns] of all chunks, added in one order; programs for the weights come before those for the biases
-    blocks = tl.cdiv(columns, BD)
-    first = 0 if dweight is not None else blocks
-    kind = (tl.program_id(0) + first) // blocks
-    column = (tl.program_id(0) + first) % blocks * BD + tl.arange(0, BD)
-    inside = column < columns
-    lane = tl.arange(0, BP)
-    sums = tl.zeros([BP, BD], STATE)
-    for chunk in tl.range(0, chunks, BP):
-        row = (chunk + lane)[:, None]
-        place = (row.to(tl.int64) * 2 + kind) * columns + column[None, :]
-        sums += tl.load(partial + place, (row < chunks) & inside[None, :], other=0.0)
-    total = tl.sum(sums, 0)
-    if dweight is not None:
-        tl.store(dweight + column, total.to(dweight.dtype.element_ty), inside & (kind == 0))
-    if dbias is not None:
-        tl.store(dbias + column, total.to(dbias.dtype.element_ty), inside & (kind == 1))

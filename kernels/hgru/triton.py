@@ -14,38 +14,20 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_aot
-from kernels.hgru.triton_kernels import hgru_backward, hgru_chunks, hgru_forward, hgru_sums
+from kernels import triton_aot, triton_rows_launch, triton_sums
+from kernels.hgru.triton_kernels import hgru_backward, hgru_chunks, hgru_forward
 from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
 from kernels.scan.triton import Between
-from kernels.triton_launch import (
-    CONSTANTS,
-    Launch,
-    Rows,
-    Sequences,
-    compile_all,
-    distances,
-    lanes,
-    missing,
-    tiles,
-    two,
-    with_splits,
-)
+from kernels.triton_launch import Launch, compile_all, distances, lanes
+from kernels.triton_rows_launch import Rows, Sequences, tiles, two
 
 INTERPRETED = not isinstance(hgru_forward, triton.JITFunction)
-# From this many numbers to the rows of all sequences together, programs of four warps are still enough for any GPU
-MANY_COLUMNS = 2**17
-# Programs that each add as many pieces of the sums over rows, for as many columns
-ADD = {"BP": 32, "BD": 64}
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    width = problem.sizes["D"] * (2 if problem.options["pairs"] else 1)
-    if width >= 2**30:
-        return [*missing(problem.device, INTERPRETED), f"rows of {width} numbers; at most {2**30 - 1}"]
-    return missing(problem.device, INTERPRETED)
+    return triton_rows_launch.cannot(problem, INTERPRETED)
 
 
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
@@ -58,12 +40,10 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
         found = [tiles(8, *rest, sizes) for rest in ((1, 5), (4, 4), (1, 3))]
     else:
         # Gates and gradients of so few rows leave registers for other warps; of pairs there is more on its way
-        rows, stages = (2 if dtype.itemsize == 8 else 4), (3 if pairs else 4)
-        found = [{"BT": rows, "num_warps": warps, "num_stages": n} for warps, n in ((1, stages), (4, stages), (1, 2))]
+        tile, stages = (2 if dtype.itemsize == 8 else 4), (3 if pairs else 4)
+        found = [{"BT": tile, "num_warps": warps, "num_stages": n} for warps, n in ((1, stages), (4, stages), (1, 2))]
     narrow, wide, other = found
-    columns = problem.sizes["N"] * problem.sizes["D"] * (2 if pairs else 1)
-    order = [wide, narrow, other] if columns >= MANY_COLUMNS else [narrow, wide, other]
-    return with_splits(order, narrow, problem, columns=32 * numbers)
+    return triton_rows_launch.configs(narrow, wide, other, problem, numbers)
 
 
 def forward(
@@ -169,28 +149,21 @@ class _Given:
         dtheta: Tensor | None,
         dinitial: Tensor | None,
     ) -> list[Launch]:
-        dh, dfinal, pieces, state = (
-            side_by_side(dh),
-            contiguous(dfinal),
-            self.rows.sequences.pieces,
-            state_dtype(h.dtype),
-        )
+        dh, dfinal = side_by_side(dh), contiguous(dfinal)
         launches, entering = self.chunks(dh, dfinal, backward=True)
-        bounds, thetas = (
-            None if total is None else self.i.new_empty((pieces, self.channels), dtype=state)
-            for total in (dlower_bound, dtheta)
-        )
+        partial = None
+        if dlower_bound is not None or dtheta is not None:
+            shape = self.rows.sequences.pieces, 2, self.channels
+            partial = self.i.new_empty(shape, dtype=state_dtype(h.dtype))
         read = {"dh": dh, "i": self.i, "f": self.f, "h": side_by_side(h)}
         rest = {"dfinal": dfinal, "entering": entering, "initial": self.initial, "dinitial": dinitial, "di": di}
-        rest |= {"df": df, "bounds": bounds, "thetas": thetas}
+        rest |= {"df": df, "partial": partial}
+        summed = {"BOUND": dlower_bound is not None, "THETA": dtheta is not None}
         rows = 0 if h.shape[0] == 1 else h.shape[1]
         strides = {"di_b": self.rows.batch_stride(), "df_b": rows * self.channels, "df_t": self.channels}
-        launches.append(self.launch(hgru_backward, read, rest, strides))
-        summed = (dlower_bound is not None) + (dtheta is not None)
-        if summed:
-            sums = {"bounds": bounds, "thetas": thetas, "dlower_bound": dlower_bound, "dtheta": dtheta}
-            numbers = {"pieces": pieces, "D": self.channels, "STATE": CONSTANTS[state], **ADD}
-            launches.append(Launch(hgru_sums, summed * -(-self.channels // ADD["BD"]), {**sums, **numbers}, 4))
+        launches.append(self.launch(hgru_backward, read, rest, strides, **summed))
+        if partial is not None:
+            launches.append(triton_sums.add(partial, dlower_bound, dtheta))
         return launches
 
     def chunks(self, inputs: Tensor | None, first: Tensor | None, backward: bool) -> tuple[list[Launch], Tensor | None]:
@@ -199,7 +172,9 @@ class _Given:
             return [], None
         between = Between.of(self.rows, self.i)
         made = {"product": between.product, "ending": between.ending}
-        ends = self.launch(hgru_chunks, {"i": inputs, "f": self.f}, made, {}, backward=backward)
+        # A walk against time meets its chunks from the last row on
+        constants = {"REVERSE": self.reverse != backward, "BACKWARD": backward}
+        ends = self.launch(hgru_chunks, {"i": inputs, "f": self.f}, made, {}, **constants)
         return [ends, between.launch(first)], between.after
 
     def launch(
@@ -208,13 +183,10 @@ class _Given:
         read: Mapping[str, Tensor | None],
         rest: Mapping[str, Tensor | None],
         strides: Mapping[str, int],
-        backward: bool | None = None,
+        **constants: bool,
     ) -> Launch:
         tensors = {**read, **rest, **self.fixed}
-        constants: dict[str, Any] = {"REVERSE": self.reverse, "ACTIVATION": self.activation}
-        if backward is not None:
-            # A walk against time meets its chunks from the last row on
-            constants |= {"REVERSE": self.reverse != backward, "BACKWARD": backward}
+        facts: dict[str, Any] = {"REVERSE": self.reverse, "ACTIVATION": self.activation, **constants}
         # G: what is in a row of f
         strides = {**distances(read), **strides, "G": self.channels}
-        return self.rows.launch(kernel, tensors, strides, **constants)
+        return self.rows.launch(kernel, tensors, strides, **facts)

@@ -14,34 +14,19 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_aot
+from kernels import triton_aot, triton_rows_launch
 from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
 from kernels.scan.triton_kernels import scan_backward, scan_chunks, scan_forward
-from kernels.triton_launch import (
-    Launch,
-    Rows,
-    Sequences,
-    compile_all,
-    distances,
-    lanes,
-    missing,
-    tiles,
-    two,
-    with_splits,
-)
+from kernels.triton_launch import Launch, compile_all, distances, lanes
+from kernels.triton_rows_launch import Rows, Sequences, tiles, two
 
 INTERPRETED = not isinstance(scan_forward, triton.JITFunction)
-# From this many numbers to the rows of all sequences together, programs of four warps are still enough for any GPU
-MANY_COLUMNS = 2**17
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    width = problem.sizes["D"] * (2 if problem.options["pairs"] else 1)
-    if width >= 2**30:
-        return [*missing(problem.device, INTERPRETED), f"rows of {width} numbers; at most {2**30 - 1}"]
-    return missing(problem.device, INTERPRETED)
+    return triton_rows_launch.cannot(problem, INTERPRETED)
 
 
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
@@ -51,20 +36,16 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     are for 4 bytes to a thread; where a thread's numbers are wider there are fewer. A warp then takes at most 9 KiB of
     shared memory, so that at least a quarter of the warps that a GPU can hold are resident. split: steps of a chunk,
     where time is split over programs; without it the state is carried through time.
-    The default is one warp to a program, or four where that leaves programs enough (see MANY_COLUMNS); it is carried
-    unless there are few columns and long sequences (see `with_splits`).
+    `triton_rows_launch.configs` has their order.
     """
-    pairs = problem.options["pairs"]
-    numbers = 2 if two(pairs, _sequence(problem)) else 1
+    numbers = 2 if two(problem.options["pairs"], _sequence(problem)) else 1
     sizes = [dtype.itemsize * numbers for dtype in problem.dtypes.values()]
     if problem.direction == "forward":
-        narrow, wide, other = (8, 1, 5), (8, 4, 4), (16, 1, 2)
+        shapes = (8, 1, 5), (8, 4, 4), (16, 1, 2)
     else:
-        narrow, wide, other = (8, 1, 3), (8, 4, 3), (4, 1, 5)
-    columns = problem.sizes["N"] * problem.sizes["D"] * (2 if pairs else 1)
-    order = (wide, narrow, other) if columns >= MANY_COLUMNS else (narrow, wide, other)
-    found = {shape: tiles(*shape, sizes) for shape in order}
-    return with_splits(list(found.values()), found[narrow], problem, columns=32 * numbers)
+        shapes = (8, 1, 3), (8, 4, 3), (4, 1, 5)
+    narrow, wide, other = (tiles(*shape, sizes) for shape in shapes)
+    return triton_rows_launch.configs(narrow, wide, other, problem, numbers)
 
 
 def forward(

@@ -7,7 +7,6 @@ triton_kernels.py has the kernels. Under TRITON_INTERPRET=1 they run on the CPU,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -16,8 +15,8 @@ from torch import Tensor
 from kernels.problem import Problem, state_dtype
 from kernels.selective_scan.triton_kernels import selective_scan_backward, selective_scan_forward
 from kernels.triton_aot import Compiled
-from kernels.triton_launch import CONSTANTS, Launch, compile_all
-from kernels.triton_matrix_launch import contiguous, launch, missing
+from kernels.triton_launch import Launch, compile_all
+from kernels.triton_matrix_launch import Blocks, contiguous, missing
 
 INTERPRETED = not isinstance(selective_scan_forward, triton.JITFunction)
 NAMES = ("x", "delta", "A", "B", "C", "D_", "initial")
@@ -59,7 +58,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, D], final_state [N, D, K])"""
     given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config)
-    y, final = torch.empty_like(x, memory_format=torch.contiguous_format), given.states(given.sequences)
+    y, final = torch.empty_like(x, memory_format=torch.contiguous_format), given.state()
     given.forward(y, final, None)(x.device)
     return y, final
 
@@ -104,14 +103,14 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
     cu_seqlens = tensor(N + 1, like=torch.int32) if options["packed"] else None
     given = _Given(x, delta, A, B, C, skip, initial, cu_seqlens, config)
     if problem.direction == "forward":
-        launches = [given.forward(x, given.states(N), None)]
+        launches = [given.forward(x, given.state(), None)]
     else:
         every = given.gradients((True,) * 7)
         launches = [given.forward(None, None, given.kept()), given.backward(x, initial, given.kept(), every)]
     return compile_all(launches, target)
 
 
-class _Given:
+class _Given(Blocks):
     """The inputs, and how they are launched."""
 
     def __init__(
@@ -119,28 +118,8 @@ class _Given:
         initial_state: Tensor | None, cu_seqlens: Tensor | None, config: Mapping[str, int],
     ) -> None:  # fmt: skip
         self.tensors = contiguous(dict(zip(NAMES, (x, delta, A, B, C, D, initial_state))))
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.like, self.config, self.dtype = x, config, state_dtype(x.dtype)
-        self.batch, self.length, self.channels = x.shape
-        self.keys = A.shape[1]
-        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.BK = triton.next_power_of_2(self.keys)
-        room = max(1, config["numbers"] * config["num_warps"] * 32 // self.BK)
-        self.BD = min(triton.next_power_of_2(self.channels), room * 4 // self.dtype.itemsize or 1)
-        self.blocks = -(-self.channels // self.BD)
-
-    def new(self, *shape: int) -> Tensor:
-        return self.like.new_empty(shape, dtype=self.dtype)
-
-    def states(self, count: int) -> Tensor:
-        return self.new(count, self.channels, self.keys)
-
-    def kept(self) -> Tensor:
-        """The state before every R-th row of each sequence; where their lengths are unknown, room for no fewer."""
-        rows = self.config["rows"]
-        if self.cu_seqlens is not None:
-            return self.states(self.length // rows + self.sequences)
-        return self.states(self.batch * -(-self.length // rows))
+        self.channels, keys = A.shape
+        super().__init__(x, cu_seqlens, (self.channels, keys), keys, self.channels, config)
 
     def gradients(self, needs: Sequence[bool]) -> dict[str, Tensor | None]:
         """Where the gradients go; dB, dC in parts for blocks of channels, dA and dD in parts for sequences."""
@@ -157,29 +136,17 @@ class _Given:
         }
 
     def forward(self, y: Tensor | None, final: Tensor | None, kept: Tensor | None) -> Launch:
-        return self._launch(selective_scan_forward, {**self.tensors, "y": y, "final": final, "kept": kept})
+        written = {"y": y, "final": final, "kept": kept}
+        return self.launch(selective_scan_forward, {**self.tensors, **written, **self.sizes})
 
     def backward(
         self, dy: Tensor | None, dfinal: Tensor | None, kept: Tensor, found: Mapping[str, Tensor | None]
     ) -> Launch:
-        scratch = self.new(self.programs, self.config["rows"], self.BD, self.BK)
+        scratch = self.new(self.programs, self.config["rows"], self.block, self.BK)
         read = {name: tensor for name, tensor in self.tensors.items() if name != "initial"}
         arguments = {**contiguous({"dy": dy, "dfinal": dfinal}), **read, "kept": kept, "scratch": scratch, **found}
-        return self._launch(selective_scan_backward, {**arguments, "ROWS": self.batch * self.length})
+        return self.launch(selective_scan_backward, {**arguments, **self.sizes, "ROWS": self.batch * self.length})
 
     @property
-    def programs(self) -> int:
-        return self.sequences * self.blocks
-
-    def _launch(self, kernel: Any, arguments: dict[str, Any]) -> Launch:
-        arguments |= {
-            "cu_seqlens": self.cu_seqlens,
-            "T": self.length,
-            "D": self.channels,
-            "K": self.keys,
-            "STATE": CONSTANTS[self.dtype],
-            "R": self.config["rows"],
-            "BD": self.BD,
-            "BK": self.BK,
-        }
-        return launch(kernel, self.programs, arguments, self.config["num_warps"], self.dtype)
+    def sizes(self) -> dict[str, int]:
+        return {"D": self.channels, "BD": self.block}

@@ -6,7 +6,6 @@ TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_aot
+from kernels import triton_aot, triton_sums
 from kernels.memory import contiguous, side_by_side
 from kernels.problem import Problem, state_dtype
-from kernels.short_conv.triton_kernels import add_partials, conv_backward, conv_forward
-from kernels.triton_launch import CONSTANTS, Launch, compile_all, lanes, missing
+from kernels.short_conv.triton_kernels import conv_backward, conv_forward
+from kernels.triton_launch import CONSTANTS, Launch, compile_all, distances, in_units, lanes, missing, stages
 
 INTERPRETED = not isinstance(conv_forward, triton.JITFunction)
 # A thread keeps some rows for each tap in registers
 MOST_TAPS = 16
 # From this many numbers in x on, long chunks leave programs enough for any GPU
 MANY_NUMBERS = 2**26
-# Programs that each add as many pieces of the sums of weights, for as many columns
-ADD = {"BP": 32, "BD": 64}
 
 
 def cannot(problem: Problem) -> list[str]:
@@ -156,13 +153,11 @@ class _Given:
         D, W = self.weight.shape
         summed = dweight is not None or dbias is not None
         partial = self.x.new_empty((self._pieces, W + 1, D), dtype=state_dtype(self.x.dtype)) if summed else None
-        read = {"dy": None if dy is None else side_by_side(dy), "x": side_by_side(self.x)}
+        read = {"dy": side_by_side(dy), "x": side_by_side(self.x)}
         rest = {"dfinal": contiguous(dfinal), "dx": dx, "dinitial": dinitial, "partial": partial}
         launches = [self._launch(conv_backward, read, rest, "dx_b")]
         if partial is not None:
-            sums = {"partial": partial, "dweight": dweight, "dbias": dbias, "pieces": self._pieces, "D": D, "W": W}
-            sums |= {"STATE": CONSTANTS[partial.dtype], **ADD}
-            launches.append(Launch(add_partials, (W + 1) * -(-D // ADD["BD"]), sums, 4))
+            launches.append(triton_sums.add(partial, dweight, dbias))
         return launches
 
     @property
@@ -178,12 +173,7 @@ class _Given:
     ) -> Launch:
         batch, length, D = self.x.shape
         W, config = self.weight.shape[1], self.config
-        distances = {out_batch: 0 if batch == 1 else length * D}
-        for name, tensor in read.items():
-            distances[f"{name}_b"] = 0 if tensor is None or batch == 1 else tensor.stride(0)
-            distances[f"{name}_t"] = 0 if tensor is None or length == 1 else tensor.stride(1)
-        # What divides every distance is told to the compiler, which may then move 16 bytes at a time
-        unit = math.gcd(8, D, *distances.values())
+        units = in_units(D, distances(read) | {out_batch: 0 if batch == 1 else length * D})
         # The columns of a thread share its registers
         state = state_dtype(self.x.dtype)
         columns = max(1, config["columns"] * 16 // (max(4, triton.next_power_of_2(W)) * state.itemsize))
@@ -191,15 +181,14 @@ class _Given:
         arguments: dict[str, Any] = {
             **read,
             **rest,
-            **{name: distance // unit for name, distance in distances.items()},
+            **units,
             "weight": self.weight.contiguous(),
             "bias": contiguous(self.bias),
             "initial": contiguous(self.initial_state),
             "cu_seqlens": contiguous(self.cu_seqlens),
             "T": length,
             "N": batch if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
-            "D": D // unit,
-            "UNIT": unit,
+            "D": D // units["UNIT"],
             "REVERSE": self.reverse,
             "SILU": self.activation == "silu",
             "W": W,
@@ -207,7 +196,6 @@ class _Given:
             "CT": config["CT"],
             "BT": config["BT"],
             "BD": block,
-            # Where warps have 64 threads, on AMD GPUs, rows on their way take up registers
-            "STAGES": min(config["num_stages"], 2) if self.lanes == 64 else config["num_stages"],
+            "STAGES": stages(config, self.lanes),
         }
         return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"])

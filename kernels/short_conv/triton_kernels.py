@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton_rows import sigmoids
+
 
 @triton.jit
 def _share(cu_seqlens, T, N, D, BD: tl.constexpr, CT: tl.constexpr):
@@ -93,15 +95,6 @@ def _bias(bias, column, inside, STATE: tl.constexpr):
         return tl.load(bias + column, inside, other=0.0).to(STATE)
 
 
-@triton.jit
-def _sigmoids(z):
-    # sigmoid(z) and sigmoid(-z), neither by a subtraction
-    e = tl.exp(-tl.abs(z))
-    larger = 1 / (1 + e)
-    smaller = e * larger
-    return tl.where(z < 0, smaller, larger), tl.where(z < 0, larger, smaller)
-
-
 @triton.jit(do_not_specialize=["T", "N", "D", "x_b", "x_t", "y_b"])
 def conv_forward(
     x, weight, bias, initial, y, final, cu_seqlens, T, N, D, x_b, x_t, y_b,
@@ -131,7 +124,7 @@ def conv_forward(
             for k in tl.static_range(W):
                 z += taps[k] * window[s + k]
             if SILU:
-                z *= _sigmoids(z)[0]
+                z *= sigmoids(z)[0]
             tl.store(y + (t + s) * y_t, z.to(y.dtype.element_ty), inside & (t + s < end))
         window = window[BT:]
     # The chunk in which the sequence ends, which is the first one if it has no rows
@@ -190,7 +183,7 @@ def conv_backward(
                 z = offset
                 for k in tl.static_range(W):
                     z += taps[k] * window[s + k]
-                of_z, of_minus_z = _sigmoids(z)
+                of_z, of_minus_z = sigmoids(z)
                 dz *= of_z * (1 + z * of_minus_z)
             past += (dz,)
             if partial is not None:
@@ -219,25 +212,3 @@ def conv_backward(
         piece = (tl.program_id(0) // tl.cdiv(width, BD)).to(tl.int64)
         for k in tl.static_range(W + 1):
             tl.store(partial + (piece * (W + 1) + k) * width + column, sums[k], inside)
-
-
-@triton.jit(do_not_specialize=["pieces"])
-def add_partials(
-    partial, dweight, dbias, pieces, D, W: tl.constexpr, STATE: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr
-):
-    # Rows [W + 1, D] of all pieces, added in one order
-    blocks = tl.cdiv(D, BD)
-    k = tl.program_id(0) // blocks
-    column = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    inside = column < D
-    lane = tl.arange(0, BP)
-    sums = tl.zeros([BP, BD], STATE)
-    partial += k * D + column[None, :]
-    for piece in tl.range(0, pieces, BP):
-        row = (piece + lane)[:, None]
-        sums += tl.load(partial + row.to(tl.int64) * ((W + 1) * D), (row < pieces) & inside[None, :], other=0.0)
-    total = tl.sum(sums, 0)
-    if dweight is not None:
-        tl.store(dweight + column * W + k, total.to(dweight.dtype.element_ty), inside & (k < W))
-    if dbias is not None:
-        tl.store(dbias + column, total.to(dbias.dtype.element_ty), inside & (k == W))

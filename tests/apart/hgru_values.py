@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,82 +9,57 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton_cases as tc
 from torch import Tensor
-from triton_interpreter import counting, shuffled
+from triton_interpreter import counting
 
-from kernels.agreement import Expected, Inputs, draw, pose
+from kernels.agreement import Inputs
 from kernels.hgru import OP
 from kernels.hgru import triton as backend
-from kernels.hgru.triton_kernels import _turn
+from kernels.hgru.triton_gates import cos_and_sin
 
-CPU = torch.device("cpu")
-FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
 CARRIED = {"BT": 2, "num_warps": 1, "num_stages": 3}
 SPLIT = {**CARRIED, "split": 4}
-# An empty sequence at either end, two in a row in the middle, one of a single row, some that end with a chunk
-PACKED = (0, 0, 3, 3, 3, 4, 8, None, None)
 
 
-@pytest.fixture(autouse=True)
-def _uninitialised_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def posed(
-    direction: str, dtype: torch.dtype = FLOAT32, batch: int = 2, length: int = 9, width: int = 3,
-    packed: bool = False, hard: bool = False, **facts: Any,
-) -> Inputs:  # fmt: skip
-    """A problem with its tensors; packed: cut at PACKED; hard: saturated gates, a bound of 0 and one near 1."""
-    sizes = {"B": 1 if packed else batch, "T": length, "D": width}
-    if packed:
-        sizes["N"] = len(PACKED) - 1
-    inputs = draw(OP, pose(OP, direction, sizes, dtype=dtype, device=CPU, packed=packed, **facts), seed=length)
-    tensors = dict(zip(OP.names(direction), inputs.tensors))
+def posed(direction: str, batch: int = 2, length: int = 9, width: int = 3, hard: bool = False, **facts: Any) -> Inputs:
+    """A problem with its tensors; hard: saturated gates, a bound of 0 and one near 1."""
+    inputs = tc.posed(OP, direction, {"B": batch, "T": length, "D": width}, **facts)
     if hard:
+        tensors = dict(zip(OP.names(direction), inputs.tensors))
         f, bound = tensors["f"], tensors["lower_bound"]
         assert f is not None
         f[:, ::3] *= 1000
         if bound is not None:
             bound[0], bound[-1] = 0, 1 - 2**-20
-    bounds = sorted(length if b is None else min(b, length) for b in PACKED)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if packed else None
-    return replace(inputs, tensors=tuple(tensors.values()), cu_seqlens=cu_seqlens)
-
-
-def agrees(inputs: Inputs, config: dict[str, int]) -> None:
-    wrong = Expected.of(inputs).difference(inputs.call(OP.backend("triton"), config)())
-    assert wrong is None, f"{wrong} ({inputs.problem})"
+    return inputs
 
 
 FACTS = {
     "length": (1, 2, 5, 9, 11),
     "width": (1, 2, 3, 33),
-    "pairs": (False, True),
+    "dtype": (tc.FLOAT64, tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16),
+    "activation": ("silu", "identity", "tanh", "sigmoid", "positive"),
+    # pairs, turned or not
+    "turned": (None, None, False, True),
     "packed": (False, True),
     "hard": (False, True),
     "lower_bound": (False, True),
     "initial_state": (False, True),
     "reverse": (False, True),
+    "config": (CARRIED, SPLIT),
 }
-DTYPES = (FLOAT32, BFLOAT16, FLOAT64, FLOAT16)
-ACTIVATIONS = ("silu", "identity", "tanh", "sigmoid", "positive")
-CASES = [{name: random.Random(f"{seed} {name}").choice(values) for name, values in FACTS.items()} for seed in range(9)]
+CASES = tc.cases(FACTS, 9)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("seed", range(len(CASES)))
-def test_problems_of_every_kind(seed: int, direction: str) -> None:
-    # Half of the pairs are turned
-    case = {**CASES[seed], "theta": CASES[seed]["pairs"] and seed % 3 > 0}
-    inputs = posed(direction, DTYPES[seed % 4], activation=ACTIVATIONS[seed % 5], **case)
-    agrees(inputs, SPLIT if seed % 2 else CARRIED)
-
-
-def test_the_cases_have_every_value() -> None:
-    for name, values in FACTS.items():
-        assert {str(case[name]) for case in CASES} == {str(value) for value in values}
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
+    case = dict(case)
+    turned, config = case.pop("turned"), case.pop("config")
+    tc.agrees(posed(direction, pairs=turned is not None, theta=bool(turned), **case), config)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -95,16 +68,14 @@ def test_every_shipped_config(direction: str) -> None:
     assert [config.get("split", 0) for config in configs] == [0, 0, 0, 64, 256]
     for config in configs[:4]:
         length = max(config.get("split", 0), config["BT"]) + 3
-        agrees(posed(direction, BFLOAT16, batch=1, length=length, pairs=True, theta=True), config)
+        tc.agrees(posed(direction, 1, length, dtype=tc.BFLOAT16, pairs=True, theta=True), config)
 
 
 @pytest.mark.parametrize("missing", ["dh", "dfinal_state"])
 def test_a_loss_on_one_output(missing: str) -> None:
-    inputs = posed("backward", packed=True, length=11)
-    tensors = dict(zip(OP.names("backward"), inputs.tensors))
-    alone = replace(inputs, tensors=tuple((tensors | {missing: None}).values()))
-    agrees(alone, CARRIED)
-    agrees(alone, SPLIT)
+    alone = tc.without(posed("backward", packed=True, length=11), missing)
+    tc.agrees(alone, CARRIED)
+    tc.agrees(alone, SPLIT)
 
 
 def test_only_the_gradients_that_are_needed() -> None:
@@ -120,65 +91,41 @@ def test_only_the_gradients_that_are_needed() -> None:
             found = gradients(needs)
         assert traffic.launches == 1 + (needs[2] or needs[3])
         for wanted, gradient, expected in zip(needs, found, every):
-            if wanted:
-                assert gradient is not None
-                assert expected is not None
-                assert torch.equal(gradient, expected)
-            else:
-                assert gradient is None
-
-
-def size(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            assert (gradient is not None) == wanted
+            assert gradient is None or (expected is not None and torch.equal(gradient, expected))
 
 
 @pytest.mark.parametrize(
-    "dtype, pairs, split", [(FLOAT32, False, 0), (BFLOAT16, True, 0), (BFLOAT16, False, 64)], ids=str
+    "dtype, pairs, split",
+    [(tc.FLOAT32, False, 0), (tc.BFLOAT16, True, 0), (tc.BFLOAT16, False, 64), (tc.FLOAT32, True, 64)],
+    ids=str,
 )
 def test_bytes_moved(dtype: torch.dtype, pairs: bool, split: int) -> None:
-    limit, launches = (1.75, 3) if split else (1.05, 1)
-    facts = {"batch": 1, "length": 70 if split else 45, "width": 8, "pairs": pairs, "theta": pairs}
+    facts = {"dtype": dtype, "batch": 1, "length": 70 if split else 45, "width": 8, "pairs": pairs, "theta": pairs}
     config = {"BT": 8, "num_warps": 1, "num_stages": 3, "split": split}
-    inputs = posed("forward", dtype, **facts)
-    with counting() as forward:
-        found = inputs.call(OP.backend("triton"), config)()
-    least = size(*inputs.tensors, *found)
-    assert forward.launches == launches
-    assert 0.97 * least <= forward.moved <= limit * least
-
-    inputs = posed("backward", dtype, **facts)
-    with counting() as backward:
-        found = inputs.call(OP.backend("triton"), config)()
-    least = size(*inputs.tensors, *found)
-    assert backward.launches == launches + 1
-    assert 0.97 * least <= backward.moved <= limit * least
+    limit, launches = (1.75, 3) if split else (1.05, 1)
+    tc.check_bytes(posed("forward", **facts), config, launches, limit)
+    # and one that adds the parameters' gradients
+    tc.check_bytes(posed("backward", **facts), config, launches + 1, limit)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("config", [CARRIED, SPLIT], ids=["carried", "split"])
-def test_programs_in_any_order_give_the_same_bits(config: dict[str, int]) -> None:
-    facts = {"packed": True, "length": 9, "pairs": True, "theta": True}
-    calls = [posed(direction, **facts).call(OP.backend("triton"), config) for direction in ("forward", "backward")]
-    expected = [call() for call in calls]
-    for call, right in zip(calls, expected):
-        with shuffled(0):
-            found = call()
-        for f, e in zip(found, right):
-            assert f is not None
-            assert e is not None
-            assert torch.equal(f, e)
+def test_programs_in_any_order_give_the_same_bits(config: dict[str, int], direction: str) -> None:
+    tc.check_any_order(posed(direction, packed=True, pairs=True, theta=True), config)
 
 
 @triton.jit
 def _cos_and_sin(angles, cos, sin, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
-    x, y = _turn(tl.load(angles + i))
+    x, y = cos_and_sin(tl.load(angles + i))
     tl.store(cos + i, x)
     tl.store(sin + i, y)
 
 
 @pytest.mark.parametrize("most", [1.0, 100.0, 1e6])
 def test_angles_of_any_size(most: float) -> None:
-    angles = torch.linspace(-most, most, 1024, dtype=FLOAT64)
+    angles = torch.linspace(-most, most, 1024, dtype=tc.FLOAT64)
     cos, sin = torch.empty_like(angles), torch.empty_like(angles)
     _cos_and_sin[(1,)](angles, cos, sin, SIZE=1024)
     torch.testing.assert_close(cos, angles.cos(), rtol=0, atol=2.3e-16)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import triton_cases as tc
-from triton_cases import uninitialised_is_nan  # noqa: F401
 
 from kernels.agreement import Inputs
 from kernels.selective_scan import OP
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
 
 
 def posed(direction: str, batch: int = 1, length: int = 9, channels: int = 5, keys: int = 5, **facts: Any) -> Inputs:
@@ -40,7 +41,7 @@ def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_default_config(direction: str) -> None:
-    config = tc.triton(OP.name).configs(posed(direction).problem)[0]
+    config = OP.backend("triton").configs(posed(direction).problem)[0]
     tc.agrees(posed(direction, length=config["rows"] + 3, channels=33, keys=16), config)
 
 

@@ -3,99 +3,72 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from triton_interpreter import counting, shuffled
+import triton_cases as tc
+from triton_cases import size
+from triton_interpreter import counting
 
-from kernels.agreement import Expected, Inputs, draw, pose
-from kernels.problem import Problem
+from kernels.agreement import Inputs
 from kernels.short_conv import OP
 from kernels.short_conv import triton as backend
 
-CPU = torch.device("cpu")
-FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-# dtypes of the weights and of x
-DTYPES = [(d, d) for d in (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)] + [(FLOAT32, FLOAT16), (FLOAT32, BFLOAT16)]
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
 CT, BT = 4, 2
 CONFIG = {"CT": CT, "BT": BT, "columns": 4, "num_warps": 1, "num_stages": 3}
 # The columns of a program with that config
 BD = 128
-# An empty sequence at either end, two in a row in the middle, one of a single row, some that end with a chunk
-PACKED = (0, 0, 3, 3, 3, 4, 8, None, None)
-
-
-@pytest.fixture(autouse=True)
-def _uninitialised_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def posed(
-    direction: str, dtypes: tuple[torch.dtype, torch.dtype] = (FLOAT32, FLOAT32), batch: int = 2, length: int = 11,
-    columns: int = 5, width: int = 4, packed: bool = False, **facts: Any,
+    direction: str, dtypes: tuple[torch.dtype, torch.dtype] = tc.DTYPES[1], batch: int = 2, length: int = 11,
+    columns: int = 5, width: int = 4, **facts: Any,
 ) -> Inputs:  # fmt: skip
-    """A problem with its tensors; packed: cut at PACKED."""
-    sizes = {"B": 1 if packed else batch, "T": length, "D": columns, "W": width}
-    if packed:
-        sizes["N"] = len(PACKED) - 1
-    problem = pose(OP, direction, sizes, dtype=dtypes[1], device=CPU, decay_dtype=dtypes[0], packed=packed, **facts)
-    inputs = draw(OP, problem, seed=length)
-    bounds = sorted(length if b is None else min(b, length) for b in PACKED)
-    return Inputs(OP, problem, inputs.tensors, torch.tensor(bounds, dtype=torch.int32) if packed else None)
-
-
-def agrees(inputs: Inputs, config: dict[str, int] = CONFIG) -> None:
-    wrong = Expected.of(inputs).difference(inputs.call(OP.backend("triton"), config)())
-    assert wrong is None, f"{wrong} ({inputs.problem})"
+    """A problem with its tensors. dtypes: of the weights and of x."""
+    sizes = {"B": batch, "T": length, "D": columns, "W": width}
+    return tc.posed(OP, direction, sizes, dtype=dtypes[1], decay_dtype=dtypes[0], **facts)
 
 
 FACTS = {
     "length": (1, 2, CT, CT + 1, 2 * CT + 3),
     "width": (1, 2, 3, 4, 6),
     "columns": (1, 3, 5, 6, BD + 1),
-    "dtypes": DTYPES,
+    "dtypes": tc.DTYPES,
     "packed": (False, True),
     "activation": ("", "silu"),
     "reverse": (False, True),
     "bias": (False, True),
     "initial_state": (False, True),
 }
-CASES = [{name: random.Random(f"{seed} {name}").choice(values) for name, values in FACTS.items()} for seed in range(30)]
+CASES = tc.cases(FACTS, 24)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
-    agrees(posed(direction, **case))
+    tc.agrees(posed(direction, **case), CONFIG)
 
 
-def test_the_cases_have_every_value() -> None:
-    for name, values in FACTS.items():
-        assert {str(case[name]) for case in CASES} == {str(value) for value in values}
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT64], ids=str)
+@pytest.mark.parametrize("dtype", [tc.FLOAT32, tc.BFLOAT16, tc.FLOAT64], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_shipped_config(direction: str, dtype: torch.dtype) -> None:
     configs = backend.configs(posed(direction, (dtype, dtype)).problem)
-    assert 1 <= len(configs) <= 4
     for config in configs:
-        agrees(posed(direction, (dtype, dtype), batch=1, length=config["CT"] + 3, activation="silu", width=2), config)
+        inputs = posed(direction, (dtype, dtype), batch=1, length=config["CT"] + 3, activation="silu", width=2)
+        tc.agrees(inputs, config)
 
 
 @pytest.mark.parametrize("missing", ["dy", "dfinal_state", "both"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_loss_on_one_output(packed: bool, missing: str) -> None:
     inputs = posed("backward", packed=packed)
-    dy, dfinal, *rest = inputs.tensors
-    gradients = {"dy": (None, dfinal), "dfinal_state": (dy, None), "both": (None, None)}[missing]
-    agrees(Inputs(OP, inputs.problem, (*gradients, *rest), inputs.cu_seqlens))
+    for name in ("dy", "dfinal_state") if missing == "both" else (missing,):
+        inputs = tc.without(inputs, name)
+    tc.agrees(inputs, CONFIG)
 
 
 def test_only_the_gradients_that_are_needed() -> None:
@@ -110,11 +83,7 @@ def test_only_the_gradients_that_are_needed() -> None:
             assert torch.equal(gradient, expected) if needed else gradient is None
 
 
-def size(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", [tc.FLOAT32, tc.BFLOAT16], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_bytes_moved(packed: bool, dtype: torch.dtype) -> None:
     """Beside the rows at the borders of chunks, every byte of x, dy, dx and y is moved once."""
@@ -122,11 +91,11 @@ def test_bytes_moved(packed: bool, dtype: torch.dtype) -> None:
     x, weight, _, state = inputs.tensors
     with counting() as forward:
         y, final = inputs.call(OP.backend("triton"), CONFIG)()
-    chunks = 2 * -(-19 // CT) if not packed else 19 // CT + len(PACKED) - 1
+    chunks = 2 * -(-19 // CT) if not packed else 19 // CT + len(tc.PACKED) - 1
     row = 24 * dtype.itemsize
     assert forward.launches == 1
     assert forward.written == size(y, final)
-    few = (chunks + 1) * size(weight) + 2 * size(state) + 24 * len(PACKED) * chunks
+    few = (chunks + 1) * size(weight) + 2 * size(state) + 24 * len(tc.PACKED) * chunks
     assert size(x, weight) <= forward.read <= size(x) + 3 * row * chunks + few
 
     inputs = posed("backward", (dtype, dtype), length=19, columns=24, packed=packed, bias=False)
@@ -138,17 +107,10 @@ def test_bytes_moved(packed: bool, dtype: torch.dtype) -> None:
     assert backward.read <= 2 * size(x) + 9 * row * chunks + few + partial
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_programs_in_any_order_give_the_same_bits(packed: bool) -> None:
-    calls = [
-        posed(direction, columns=BD + 1, length=9, width=2, packed=packed).call(OP.backend("triton"), CONFIG)
-        for direction in ("forward", "backward")
-    ]
-    expected = [call() for call in calls]
-    for seed in range(2):
-        with shuffled(seed):
-            for call, right in zip(calls, expected):
-                assert all((f is e is None) or torch.equal(f, e) for f, e in zip(call(), right))
+def test_programs_in_any_order_give_the_same_bits(packed: bool, direction: str) -> None:
+    tc.check_any_order(posed(direction, columns=BD + 1, length=9, width=2, packed=packed), CONFIG)
 
 
 def test_strides() -> None:
@@ -174,7 +136,7 @@ def test_offsets_beyond_31_bits(reverse: bool, monkeypatch: pytest.MonkeyPatch) 
     # It would copy the memory of the arguments, of which this test touches a few pages only, onto itself
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    far, weight = torch.empty(2**31 + 2**30, dtype=BFLOAT16), torch.randn(8, 2)
+    far, weight = torch.empty(2**31 + 2**30, dtype=tc.BFLOAT16), torch.randn(8, 2)
     run = {"activation": "", "reverse": reverse, "config": CONFIG}
     for shape, strides in (([1, 3, 8], (0, 2**30, 1)), ([3, 2, 8], (2**30, 64, 1))):
         x = far.as_strided(shape, strides)
@@ -187,5 +149,5 @@ def test_offsets_beyond_31_bits(reverse: bool, monkeypatch: pytest.MonkeyPatch) 
 def test_what_it_cannot_do() -> None:
     problem = posed("forward", width=17).problem
     assert backend.cannot(problem) == ["17 taps; at most 16"]
-    huge = Problem(problem.op, "forward", CPU, problem.dtypes, {**problem.sizes, "W": 4, "T": 2**30}, problem.options)
+    huge = replace(problem, sizes={**problem.sizes, "W": 4, "T": 2**30})
     assert backend.cannot(huge) == [f"an axis of {2**30}; at most {2**30 - 1}"]

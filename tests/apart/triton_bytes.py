@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from triton_cases import size
 from triton_interpreter import counting
 
 from kernels.problem import Problem, state_dtype
@@ -17,10 +17,6 @@ DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (tor
 LIMIT = 1.05
 # Where time is split: a and x are read twice, and of every 64 rows some states are kept
 SPLIT_LIMIT = 1.75
-
-
-def size(*tensors: Tensor | None) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @pytest.mark.parametrize("states", [False, True])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton_cases import TARGETS, distinct
 
 from kernels import triton_aot
 from kernels.problem import Problem
@@ -16,7 +17,6 @@ from kernels.scan import triton as backend
 from kernels.scan.triton_kernels import scan_forward
 from kernels.triton_launch import CONSTANTS
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {
     "float32": (torch.float32, torch.float32),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -63,15 +63,12 @@ def check(found: triton_aot.Compiled, posed: Problem, split: bool = False) -> No
         assert found.asynchronous >= 4, found
 
 
-def compiled(direction: str, dtypes: str, config: int, target: str, **options: Any) -> None:
-    posed = problem(direction, dtypes, **options)
-    configs = backend.configs(posed)
-    assert [config.get("split", 0) for config in configs] == [0, 0, 0, 64, 256]
+def compiled(posed: Problem, config: dict[str, int], target: str) -> None:
     assert backend.cannot(posed) == []
-    found = backend.compile_for(target, posed, configs[config])
-    assert len(found) == (1 if config < 3 else 3)
+    found = backend.compile_for(target, posed, config)
+    assert len(found) == (3 if "split" in config else 1)
     for kernel in found:
-        check(kernel, posed, split=config >= 3)
+        check(kernel, posed, "split" in config)
 
 
 REPRESENTATIVE = [
@@ -80,46 +77,58 @@ REPRESENTATIVE = [
 ]
 
 
+# Carried with one warp, with four, and with other tiles; split
+CONFIGS = {name: place for place, name in enumerate(("narrow", "wide", "other", "split"))}
+
+
+def one(direction: str, dtypes: str, config: str, target: str, **options: Any) -> None:
+    posed = problem(direction, dtypes, **options)
+    configs = backend.configs(posed)
+    assert [config.get("split", 0) for config in configs] == [0, 0, 0, 64, 256]
+    compiled(posed, configs[CONFIGS[config]], target)
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("config", range(3))
+@pytest.mark.parametrize("config", ["narrow", "wide", "other"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtypes, options", REPRESENTATIVE, ids=str)
-def test_every_config(dtypes: str, options: dict[str, bool], direction: str, config: int, target: str) -> None:
-    compiled(direction, dtypes, config, target, **options)
+def test_every_config(dtypes: str, options: dict[str, bool], direction: str, config: str, target: str) -> None:
+    one(direction, dtypes, config, target, **options)
 
 
-# How long a chunk is makes no other code
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_time_split_over_programs(direction: str, target: str) -> None:
-    compiled(direction, "bfloat16", 3, target)
+    one(direction, "bfloat16", "split", target)
     if target == "sm_80":
-        compiled(direction, "float32", 3, target, **REPRESENTATIVE[1][1])
+        one(direction, "float32", "split", target, **REPRESENTATIVE[1][1])
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_default_config_in_other_dtypes(direction: str, target: str) -> None:
-    compiled(direction, "float32", 0, target)
-    compiled(direction, "float64", 0, target, reverse=True)
+    one(direction, "float32", "narrow", target)
+    one(direction, "float64", "narrow", target, reverse=True)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-@pytest.mark.parametrize("config", [0, 2])
+@pytest.mark.parametrize("config", ["narrow", "other"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_float32_decays_beside_bfloat16(direction: str, config: int, target: str) -> None:
-    compiled(direction, "mixed", config, target)
+def test_float32_decays_beside_bfloat16(direction: str, config: str, target: str) -> None:
+    one(direction, "mixed", config, target)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("config", range(4))
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_cross_product(dtypes: str, config: int, target: str) -> None:
+def test_the_cross_product(dtypes: str, direction: str, target: str) -> None:
     everything = {"initial_state": True, "packed": True, "reverse": True}
     flags: list[dict[str, bool]] = [{}, {"initial_state": True}, everything]
-    for direction, pairs, options in itertools.product(("forward", "backward"), (False, True), flags):
-        compiled(direction, dtypes, config, target, pairs=pairs, **options)
+    for pairs, options in itertools.product((False, True), flags):
+        posed = problem(direction, dtypes, pairs=pairs, **options)
+        for config in distinct(backend.configs(posed)):
+            compiled(posed, config, target)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
