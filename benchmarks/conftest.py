@@ -1,45 +1,61 @@
 """`python -m pytest benchmarks`: sweeps over every op and every mixer, bounded in time and memory.
 
-The results are saved in .benchmarks/; `mixers tables` makes pages of them.
+The results are saved in .benchmarks/; `mixers tables` makes pages of them. Rows come in such an order that what is left
+out when the time is over are the longest lengths of the slowest backends; `--resume` goes on with those.
 """
 
 from __future__ import annotations
 
 import gc
 import platform
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import machine
 import pytest
 import torch
+from sizes import sizes_of
 
 import autotune
+import mixers
 from autotune.device import synchronizer
+from kernels.agreement import pose
+from kernels.catalogue import OPS
+from kernels.op import Op
+from mixers import tables
 
 # For each row: about so long, at least so many rounds, and none at all where a single call takes longer.
 ROW_SECONDS = 0.4
 MIN_ROUNDS, MAX_ROUNDS = 3, 40
 CALL_SECONDS = 2.0
+# nor where a shorter one lets expect that it takes so many times as long
+SURELY = 2.0
 # Calls shorter than this are timed several at a time.
 SAMPLE_SECONDS = 1e-3
 
 LENGTHS = (1, 512, 2048, 8192)
 FULL_LENGTHS = (1, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 DTYPES = ("float32", "bfloat16")
+DIM = 512
+FULL_DIMS = (256, 512, 1024, 2048)
 FULL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-START = time.monotonic()
+OVER = "minutes are over"
+DIRECTIONS = ("forward", "decode", "forward+backward")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sequence-mixers")
     group.addoption("--full", action="store_true", help="every length and dtype, calls of any duration, no time limit")
     group.addoption("--minutes", type=float, default=15.0, help="rows that have not begun by then are left out")
+    group.addoption("--resume", action="store_true", help="without the rows that are saved, made with these sources")
+    group.addoption("--dim", type=int, action="append", help=f"the layers' width; repeat it; by default {DIM}")
     group.addoption("--peers", action="store_true", help="other libraries beside ours, where they are installed")
     group.addoption("--device", default=None, help="cpu, cuda, ...; by default the accelerator, if there is one")
 
@@ -50,21 +66,73 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("length", FULL_LENGTHS if full else LENGTHS, ids=lambda n: f"T{n}")
     if "dtype_name" in metafunc.fixturenames:
         metafunc.parametrize("dtype_name", FULL_DTYPES if full else DTYPES)
+    if "dim" in metafunc.fixturenames:
+        dims = metafunc.config.getoption("--dim") or (FULL_DIMS if full else (DIM,))
+        metafunc.parametrize("dim", dims, ids=lambda n: f"D{n}")
 
 
-@pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
-    name = pytestconfig.getoption("--device")
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Short lengths first, and of long ones what is fast; ops and layers take turns."""
+    device = device_of(config)
+    items.sort(key=lambda item: _place(item, device))
+    if config.getoption("--resume"):
+        measured = tables.measured_tests(_storage(config), about(device))
+        done = [item for item in items if tables.test_name(item.nodeid) in measured]
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item not in done]
+
+
+def _storage(config: pytest.Config) -> Path:
+    return Path(config.getoption("--benchmark-storage").removeprefix("file://"))
+
+
+def _place(item: Any, device: torch.device) -> tuple[int, ...]:
+    """A step up for every next length, and for backends that are not the fastest of their op."""
+    facts = item.callspec.params
+    length = facts.get("length") or facts.get("tokens", 0)
+    slowness = _slowness(facts["op"], facts["name"], device) if "op" in facts else "length" not in facts
+    dtype = FULL_DTYPES.index(facts.get("dtype_name") or facts.get("dtype", DTYPES[0]))
+    direction = DIRECTIONS.index(facts.get("direction", DIRECTIONS[0]))
+    return sum(each < length for each in LENGTHS) + slowness, length, dtype, direction
+
+
+def _slowness(op: Op, name: str, device: torch.device) -> int:
+    """0 for what runs by rule on this device, 2 for the loop, 1 for everybody else."""
+    able = [b.name for b in op.backends if not b.foreign and device.type in (b.devices or (device.type,))]
+    return 0 if name == able[-1] else 2 if name == able[0] else 1
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    name = config.getoption("--device")
     if name is None and torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator()
     return torch.device(name or "cpu")
 
 
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    return device_of(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def start(request: pytest.FixtureRequest, device: torch.device) -> float:
+    """When the minutes begin: what is compiled once for a machine is not on their account."""
+    facts = [getattr(item, "callspec").params for item in request.session.items]  # noqa: B009
+    named = {name for each in facts if "dim" in each for name in mixers.registry.get(each["name"]).ops}
+    for op in {each["op"].name for each in facts if "op" in each} | named:
+        OPS[op].choose(pose(OPS[op], "forward", sizes_of(OPS[op], 1), dtype=torch.float32, device=device))
+    # what is there by now stays, and need not be looked through after every row
+    gc.collect()
+    gc.freeze()
+    return time.monotonic()
+
+
 @pytest.fixture(autouse=True)
-def in_time(pytestconfig: pytest.Config) -> None:
+def in_time(pytestconfig: pytest.Config, start: float) -> None:
     minutes = pytestconfig.getoption("--minutes")
-    if not pytestconfig.getoption("--full") and time.monotonic() - START > 60 * minutes:
-        pytest.skip(f"{minutes:g} minutes are over; --minutes gives more, --full as much as it takes")
+    if not pytestconfig.getoption("--full") and time.monotonic() - start > 60 * minutes:
+        pytest.skip(f"{minutes:g} {OVER}; --minutes gives more, --full as much as it takes")
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +151,8 @@ class Timer:
     benchmark: Any
     device: torch.device
     full: bool
+    # for each subject the last length and the seconds of a call
+    calls: dict[tuple[str, ...], tuple[int, float]]
 
     def __call__(self, run: Callable[[], object], facts: Mapping[str, Any]) -> None:
         wait = synchronizer(self.device) or (lambda: None)
@@ -91,11 +161,14 @@ class Timer:
             run()
             wait()
 
+        if not self.full:
+            self.expect(facts)
         # the first call compiles what there is to compile
         synchronized()
         start = time.perf_counter()
         synchronized()
         once = time.perf_counter() - start
+        self.calls[_subject(facts)] = (facts["length"], once)
         if once > CALL_SECONDS and not self.full:
             pytest.skip(f"one call takes {once:.1f} s, more than {CALL_SECONDS} s; --full times it")
         iterations = max(round(SAMPLE_SECONDS / once), 1)
@@ -103,10 +176,28 @@ class Timer:
         self.benchmark.extra_info.update({**facts, **about(self.device), **limits(self.device, facts["dtype"])})
         self.benchmark.pedantic(synchronized, rounds=rounds, iterations=iterations)
 
+    def expect(self, facts: Mapping[str, Any]) -> None:
+        """Skips what would take far too long, by the time of the same at a shorter length: nothing is less than linear
+        in its length from some hundred tokens on."""
+        length, once = self.calls.get(_subject(facts), (1, 0.0))
+        seconds = once * facts["length"] / length
+        if length > 1 and seconds > SURELY * CALL_SECONDS:
+            pytest.skip(f"one call would take {seconds:.0f} s or more, by T = {length:,}; --full times it")
+
+
+def _subject(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is timed, at whatever length."""
+    return tuple(str(facts.get(name)) for name in ("kind", "name", "variant", "direction", "dtype", "sizes", "backend"))
+
+
+@pytest.fixture(scope="session")
+def calls() -> dict[tuple[str, ...], tuple[int, float]]:
+    return {}
+
 
 @pytest.fixture
-def timer(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Timer:
-    return Timer(benchmark, device, pytestconfig.getoption("--full"))
+def timer(benchmark: Any, device: torch.device, pytestconfig: pytest.Config, calls: Any) -> Timer:
+    return Timer(benchmark, device, pytestconfig.getoption("--full"), calls)
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -129,6 +220,29 @@ def limits(device: torch.device, dtype: str) -> dict[str, float]:
         "limit_bytes_s": machine.bytes_per_second(device),
         "limit_flops_s": machine.flops_per_second(device, getattr(torch, dtype)),
     }
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What has no row because the time was over, and who has none at all for that."""
+    outcomes: dict[str, dict[str, bool]] = {}
+    for outcome in ("passed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            found = re.fullmatch(r".*\[(T\d+)-(\w+)-(?:(D\d+)-)?([\w+]+)-(.+)\]", report.nodeid)
+            if found is not None:
+                *what, subject = filter(None, found.groups())
+                over = outcome == "skipped" and OVER in report.longrepr[2]
+                outcomes.setdefault(" ".join(what), {})[subject] = over
+    left = {what: [name for name, over in found.items() if over] for what, found in outcomes.items()}
+    if not (count := sum(map(len, left.values()))):
+        return
+    terminalreporter.write_line(f"LEFT OUT when the time was over [{count}]; --resume goes on with them:")
+    for what, subjects in left.items():
+        if subjects:
+            every = len(subjects) == len(outcomes[what])
+            terminalreporter.write_line(f"  {what}: {f'all {len(subjects)}' if every else ', '.join(subjects)}")
+    reached = {name for found in outcomes.values() for name, over in found.items() if not over}
+    never = sorted({name for found in outcomes.values() for name in found} - reached)
+    terminalreporter.write_line(f"without any row for that: {', '.join(never) or 'none'}")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from test_ops import sizes_of
+from sizes import sizes_of
 
 import autotune
 from autotune.measure import Interleaved

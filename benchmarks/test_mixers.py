@@ -11,20 +11,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import mixers
+from mixers.tables import sources
 
-DIM, BATCH = 512, 1
+BATCH = 1
 
 
 @pytest.mark.parametrize("name", mixers.names())
 @pytest.mark.parametrize("direction", ["forward", "forward+backward", "decode"])
-def test_mixer(name: str, direction: str, length: int, dtype_name: str, device: torch.device, timer: Any) -> None:
+def test_mixer(
+    name: str, direction: str, length: int, dtype_name: str, dim: int, device: torch.device, timer: Any
+) -> None:
     if length == 1 and direction != "decode":
         pytest.skip("a single token is decoding")
     dtype = getattr(torch, dtype_name)
     with torch.device(device):
         torch.manual_seed(0)
-        mixer = mixers.build(name, DIM).to(dtype)
-        x = torch.randn(BATCH, length, DIM, dtype=dtype)
+        mixer = mixers.build(name, dim).to(dtype)
+        x = torch.randn(BATCH, length, dim, dtype=dtype)
     run = {"forward": forward, "forward+backward": forward_backward, "decode": decode}[direction](mixer, x)
     facts = {
         "kind": "mixer",
@@ -33,8 +36,9 @@ def test_mixer(name: str, direction: str, length: int, dtype_name: str, device: 
         "dtype": dtype_name,
         # of a decoding step: the tokens that came before
         "length": length,
-        "sizes": {"dim": DIM, "B": BATCH},
+        "sizes": {"dim": dim, "B": BATCH},
         "tokens": BATCH if direction == "decode" else BATCH * length,
+        "source": sources("mixer", name),
         "bytes": least_bytes(mixer, x, direction),
         "flops": flops(run if direction == "decode" else forward(mixer, x)) * (3 if "backward" in direction else 1),
     }

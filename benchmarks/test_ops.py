@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import sizes_of
 from torch import Tensor
 
 from kernels.agreement import Inputs, draw, pose
@@ -14,15 +15,7 @@ from kernels.catalogue import OPS
 from kernels.comparison import fits
 from kernels.op import Op
 from kernels.problem import Problem
-
-# Widths of a small language model; an op's other axes are 4.
-SIZES = {"B": 2, "D": 512, "H": 8, "G": 2, "K": 64, "V": 64, "W": 4}
-
-
-def sizes_of(op: Op, length: int) -> dict[str, int]:
-    axes = {axis.partition("-")[0] for arg in (*op.inputs, *op.outputs) for axis in arg.letters}
-    sizes = {axis: SIZES.get(axis, 4) for axis in axes}
-    return {**sizes, "B": SIZES["B"], "N": SIZES["B"], "T": length, **({"S": length} if "S" in axes else {})}
+from mixers.tables import sources
 
 
 def subjects() -> Iterator[Any]:
@@ -100,6 +93,7 @@ def described(problems: list[Problem], variant: str) -> dict[str, Any]:
         "dtype": first.dtype_name,
         "length": first.sizes["T"],
         "sizes": {axis: size for axis, size in first.sizes.items() if axis not in ("T", "N")},
+        "source": sources("op", first.op),
         "bytes": sum(OPS[first.op].cost(problem).bytes for problem in problems),
         "flops": sum(OPS[first.op].cost(problem).flops for problem in problems),
     }

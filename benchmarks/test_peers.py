@@ -16,7 +16,8 @@ from conftest import CALL_SECONDS, MAX_ROUNDS, MIN_ROUNDS, about, limits
 from libraries import CASES, PEERS
 from peers import ours, posed, prepared, sampled
 from pytest_benchmark.stats import Stats
-from test_ops import described, sizes_of
+from sizes import sizes_of
+from test_ops import described
 
 from autotune.device import synchronizer
 from kernels.catalogue import OPS

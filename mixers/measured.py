@@ -98,10 +98,11 @@ def _cell(row: pd.Series, rate: str, bold: bool) -> str:
 
 
 def _rate(row: pd.Series) -> str:
-    """GB/s or GFLOP/s, whichever is nearer to what the device can do, and the share of that."""
+    """GB/s or GFLOP/s, whichever is nearer to what the device can do, and the share of that; GB/s alone where that is
+    not known."""
     spent, what, unit = max((least_seconds(row, what), what, unit) for what, unit in RATES.items())
     if not spent:
-        return ""
+        return f"{float(row['bytes']) / row['median_s'] / 1e9:.3g} GB/s" if pd.notna(row["bytes"]) else ""
     return f"{float(row[what]) / row['median_s'] / 1e9:.3g} {unit}, {spent / row['median_s']:.0%}"
 
 
@@ -115,7 +116,7 @@ def _tokens(row: pd.Series) -> str:
 def least_seconds(row: pd.Series, what: str) -> float:
     """How long the device takes at its measured limit for the row's "bytes" or "flops"; 0 where one is not known."""
     amount, limit = row[what], row[f"limit_{what}_s"]
-    return float(amount) / float(limit) if pd.notna(amount) and pd.notna(limit) and limit != "" else 0.0
+    return float(amount) / float(limit) if pd.notna(amount) and pd.notna(limit) else 0.0
 
 
 def _grouped(rows: pd.DataFrame, columns: Sequence[str]) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
@@ -133,23 +134,23 @@ def pictures(device: str, rows: pd.DataFrame) -> dict[str, bytes]:
         made = plots.roofline(part, f"ops by the backends that auto chose, {dtype}")
         found.update({f"{device}-roofline-{dtype}.{suffix}": content for suffix, content in made.items()})
     layers = rows[rows["kind"] == "mixer"]
-    for (direction, dtype), part in _grouped(layers, ["direction", "dtype"]):
+    for (direction, dtype, sizes), part in _grouped(layers, ["direction", "dtype", "sizes"]):
         if part["length"].nunique() > 1:
-            stem = f"{device}-{direction.replace('+', '-')}-{dtype}"
-            made = plots.layers(part, f"{direction}, {dtype}, {part['sizes'].iloc[0]}")
+            stem = "-".join([device, direction.replace("+", "-"), dtype, *sizes.replace("=", "").split()])
+            made = plots.layers(part, f"{direction}, {dtype}, {sizes}")
             found.update({f"{stem}.{suffix}": content for suffix, content in made.items()})
     return found
 
 
 def _chosen(rows: pd.DataFrame) -> pd.DataFrame:
     """Those of the ops on the backends that `auto` chose."""
-    return rows[(rows["kind"] == "op") & (rows["chosen"].astype(str) == "True")]
+    return rows[(rows["kind"] == "op") & (rows["chosen"].astype(str) == "True")].fillna({"variant": ""})
 
 
 def answers(device: str, rows: pd.DataFrame) -> list[str]:
     """Which layer is the fastest at which length, and how many times as fast as attention; and which backend runs."""
     parts = []
-    for (dtype,), part in _grouped(rows[rows["kind"] == "mixer"], ["dtype"]):
+    for (dtype, sizes), part in _grouped(rows[rows["kind"] == "mixer"], ["dtype", "sizes"]):
         table: dict[str, dict[int, str]] = {}
         for (direction,), same in _grouped(part, ["direction"]):
             yardstick = same[same["name"] == plots.YARDSTICK].set_index("length")["median_s"]
@@ -159,9 +160,10 @@ def answers(device: str, rows: pd.DataFrame) -> list[str]:
                 faster = f", {yardstick[length] / best['median_s']:.1f} × as fast as attention" if known else ""
                 table.setdefault(direction, {})[int(length)] = f"{best['name']}{faster}"
         made = pd.DataFrame(table).sort_index().fillna("—").rename_axis(index="T")
-        parts.append(f"## The fastest layer on {device}, {dtype}, {part['sizes'].iloc[0]}")
+        parts.append(f"## The fastest layer on {device}, {dtype}, {sizes}")
         parts.append(made.to_markdown(disable_numparse=True))
-    for (dtype,), part in _grouped(_chosen(rows), ["dtype"]):
+    alone = _chosen(rows)
+    for (dtype,), part in _grouped(alone[~alone["variant"].str.endswith("beside peers")], ["dtype"]):
         part = part.assign(op=part["name"] + part["variant"].map(lambda variant: f" ({variant})" if variant else ""))
         wide = part.pivot_table(index=["op", "direction"], columns="length", values="backend", aggfunc="first")
         parts.append(f"## The backend that auto chooses on {device}, {dtype}, by length T")

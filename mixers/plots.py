@@ -49,8 +49,8 @@ def layers(rows: pd.DataFrame, title: str) -> dict[str, bytes]:
 def roofline(rows: pd.DataFrame, title: str) -> dict[str, bytes]:
     """Operations a second against operations a byte, under what the device's bandwidth and its arithmetic allow.
 
-    rows: ops of one dtype with columns name, direction, length, bytes, flops, median_s, limit_bytes_s, limit_flops_s;
-    the longest length of each op and direction is shown.
+    rows: ops of one dtype with columns name, variant, direction, length, bytes, flops, median_s, limit_bytes_s and
+    limit_flops_s; the longest length of each op, variant and direction is shown.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure

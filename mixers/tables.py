@@ -1,35 +1,40 @@
 """Speed tables: pytest-benchmark's JSON in, a CSV file, a Markdown page and pictures a device out, and an index.
 
 A row is one benchmark of `benchmarks/`, which describes itself in `extra_info`. The CSV holds every row with its
-device, versions, date and command; everything else is made from it, and `check` makes it again.
+device, versions, date and command, from as many runs as it took: a row of a later run takes the place of the same
+measurement's. Everything else is made from the CSV, and `check` makes it again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from autotune.lookup import MARGIN
-from mixers import measured, predicted
+from kernels.catalogue import OPS
+from mixers import measured, predicted, registry
 
-# What one measurement is of; of several files the last one's row counts.
+# What one measurement is of; of several runs the last one's row counts.
 IDENTITY = ["device", "kind", "name", "variant", "sizes", "direction", "dtype", "length", "backend"]
 COLUMNS = [*IDENTITY, "config", "chosen", "median_s", "iqr_s", "rounds", "bytes", "flops", "tokens"]
 COLUMNS += ["limit_bytes_s", "limit_flops_s", "torch", "triton", "python", "version", "threads", "date"]
-COLUMNS += ["command", "test"]
+COLUMNS += ["source", "command", "test"]
 INTRODUCTION = (
     "One page a device, each made by running the benchmarks on it. No figure here was typed in; "
     "[how we measure](how-we-measure.md)."
 )
 
 
-def newest(folder: Path) -> Path:
-    """The benchmark file saved last.
+def saved(folder: Path) -> list[Path]:
+    """The benchmark files in a folder, the oldest first.
 
     Raises:
         FileNotFoundError: there is none.
@@ -37,25 +42,58 @@ def newest(folder: Path) -> Path:
     files = sorted(folder.glob("**/*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         raise FileNotFoundError(f"no benchmark results in {folder}; make some with: python -m pytest benchmarks")
-    return files[-1]
+    return files
 
 
-def write(files: Iterable[Path], out: Path) -> list[Path]:
-    """Writes <out>/<device>.csv, .md and pictures for every device in the files, and <out>/README.md, the index of all
-    pages in the folder; returns the paths.
+@cache
+def sources(kind: str, name: str) -> str:
+    """A hash of what an op or a mixer is made of, in its own file and in its ops: with others, a row is stale.
 
-    Raises:
-        ValueError: a file holds no benchmark results of this project.
+    Empty for what is not there.
     """
-    rows = pd.concat([read(file) for file in files], ignore_index=True)
-    rows = rows.drop_duplicates(IDENTITY, keep="last")
+    if kind == "op":
+        return OPS[name].source if name in OPS else ""
+    if name not in registry.names():
+        return ""
+    made = registry.get(name)
+    text = Path(inspect.getfile(made)).read_text(encoding="utf-8")
+    return hashlib.sha256("\0".join([text, *(OPS[op].source for op in made.ops)]).encode()).hexdigest()[:16]
+
+
+def current(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those that were made with the sources that are here."""
+    return rows[[row["source"] == sources(row["kind"], row["name"]) != "" for _, row in rows.iterrows()]]
+
+
+def measured_tests(folder: Path, about: Mapping[str, Any]) -> set[str]:
+    """The tests whose rows are saved, made with the sources, the torch, the device and the threads that are here."""
+    found: set[str] = set()
+    for file in folder.glob("**/*.json"):
+        rows = current(read(file))
+        here = (rows["device"] == about["device"]) & (rows["threads"] == about["threads"])
+        found |= set(rows[here & (rows["torch"] == about["versions"]["torch"])]["test"])
+    return found
+
+
+def write(rows: pd.DataFrame, out: Path, *, replace: bool = False) -> list[Path]:
+    """Writes <out>/<device>.csv, .md and pictures for every device of the rows, and <out>/README.md, the index of all
+    pages in the folder; returns the paths. replace: without the rows that the CSV file has from other runs."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for device, part in rows.groupby("device"):
         csv = out / f"{device}.csv"
-        csv.write_text(_csv(part), encoding="utf-8")
+        if csv.exists() and not replace:
+            # as text, which is written as it was read
+            stands = pd.read_csv(csv, dtype=str, keep_default_na=False).reindex(columns=COLUMNS, fill_value="")
+            part = pd.concat([stands.astype({"length": int}), part], ignore_index=True)
+        csv.write_text(_csv(part.drop_duplicates(IDENTITY, keep="last")), encoding="utf-8")
         written.append(csv)
-    for name, content in generated(out).items():
+    made = generated(out)
+    for csv in list(written):
+        for picture in (*out.glob(f"{csv.stem}-*.svg"), *out.glob(f"{csv.stem}-*.png")):
+            if picture.name not in made:
+                picture.unlink()
+    for name, content in made.items():
         (out / name).write_bytes(content)
         written.append(out / name)
     return written
@@ -63,15 +101,17 @@ def write(files: Iterable[Path], out: Path) -> list[Path]:
 
 def generated(out: Path) -> dict[str, bytes]:
     """Everything that is made from the CSV files in a folder, by file name."""
-    found, csvs = {}, sorted(out.glob("*.csv"))
-    for csv in csvs:
+    found: dict[str, bytes] = {}
+    devices = {}
+    for csv in sorted(out.glob("*.csv")):
         # rows that were measured before a column was thought of have none of it
         rows = pd.read_csv(csv, keep_default_na=False, na_values=[""]).reindex(columns=COLUMNS)
+        devices[csv.stem] = rows
         pictures = measured.pictures(csv.stem, rows)
         found.update(pictures)
         found[f"{csv.stem}.md"] = measured.markdown(csv.stem, rows, sorted(pictures)).encode()
     found.update(predicted.pages(out))
-    found["README.md"] = f"{_index(csvs)}{predicted.links(found)}".encode()
+    found["README.md"] = f"{_index(devices)}{predicted.links(found)}".encode()
     return found
 
 
@@ -132,7 +172,11 @@ def _csv(rows: pd.DataFrame) -> str:
 
 
 def read(file: Path) -> pd.DataFrame:
-    """The rows of one file that pytest-benchmark saved."""
+    """The rows of one file that pytest-benchmark saved.
+
+    Raises:
+        ValueError: it holds no benchmark results of this project.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         benchmarks = data["benchmarks"]
@@ -159,19 +203,23 @@ def _row(benchmark: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         "rounds": benchmark["stats"]["rounds"],
         "date": str(data.get("datetime", ""))[:10],
         "command": data.get("command", ""),
-        "test": f"benchmarks/{benchmark['fullname'].removeprefix('benchmarks/')}",
+        "test": test_name(benchmark["fullname"]),
     }
 
 
-def _index(files: Sequence[Path]) -> str:
+def test_name(node: str) -> str:
+    """A test as it is named from the root of the repository, whichever folder pytest was told of."""
+    return f"benchmarks/{node.removeprefix('benchmarks/')}"
+
+
+def _index(devices: Mapping[str, pd.DataFrame]) -> str:
     parts = ["# Speed", INTRODUCTION]
     found, answers = [], []
-    for file in files:
-        rows = pd.read_csv(file, keep_default_na=False)
-        answers += measured.answers(file.stem, rows)
+    for device, rows in devices.items():
+        answers += measured.answers(device, rows)
         found.append(
             {
-                "device": f"[{file.stem}]({file.stem}.md)",
+                "device": f"[{device}]({device}.md)",
                 "measurements": len(rows),
                 "ops": ", ".join(sorted(set(rows[rows["kind"] == "op"]["name"]))),
                 "layers": ", ".join(sorted(set(rows[rows["kind"] == "mixer"]["name"]))),

@@ -314,9 +314,9 @@ def long_run(path: Path, factor: float = 1.0) -> Path:
 def test_pages_have_pictures_and_an_answer_and_can_be_checked(tmp_path: Path) -> None:
     out = tmp_path / "speed"
     run("tables", "--json", str(long_run(tmp_path / "a.json")), "--out", str(out))
-    picture = (out / "toy-device-forward-float32.svg").read_text()
+    picture = (out / "toy-device-forward-float32-dim512-B1.svg").read_text()
     assert all(text in picture for text in ("hgrn", "attention", "tokens T"))
-    assert "![time against length](toy-device-forward-float32.svg)" in (out / "toy-device.md").read_text()
+    assert "![time against length](toy-device-forward-float32-dim512-B1.svg)" in (out / "toy-device.md").read_text()
     assert re.search(r"2048 \| hgrn, 4\.0 × as fast as attention", (out / "README.md").read_text())
     # half of the factor of 8 in the ratio lies before the crossover, on a logarithmic scale a third
     rows = pd.read_csv(out / "toy-device.csv")
@@ -324,11 +324,14 @@ def test_pages_have_pictures_and_an_answer_and_can_be_checked(tmp_path: Path) ->
     assert plots.crossovers(known) == {"hgrn": pytest.approx(512 * 4 ** (1 / 3))}
     assert "every page is what its rows give" in run("tables", "--check", "--out", str(out))
     before = {file.name: file.read_bytes() for file in out.iterdir()}
+    (out / "toy-device-backward-float32.svg").write_text("of rows that are gone")
     run("tables", "--json", str(tmp_path / "a.json"), "--out", str(out))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before, "the same bytes again"
 
 
-@pytest.mark.parametrize("name", ["toy-device.md", "toy-device-forward-float32.svg", "README.md", "toy-device.csv"])
+@pytest.mark.parametrize(
+    "name", ["toy-device.md", "toy-device-forward-float32-dim512-B1.svg", "README.md", "toy-device.csv"]
+)
 def test_a_page_that_was_edited_is_found(name: str, tmp_path: Path) -> None:
     out = tmp_path / "speed"
     run("tables", "--json", str(long_run(tmp_path / "a.json")), "--out", str(out))
@@ -374,10 +377,46 @@ def test_calibrate_checks_tunes_and_goes_on_where_it_was(
 
 def test_of_several_files_the_last_counts(tmp_path: Path) -> None:
     files = [benchmark_json(tmp_path / "a.json"), benchmark_json(tmp_path / "b.json", seconds=1e-2)]
-    tables.write(files, tmp_path)
+    tables.write(pd.concat(map(tables.read, files)), tmp_path)
     rows = pd.read_csv(tmp_path / "toy-device.csv")
     assert len(rows) == 4
     assert rows["median_s"].min() == 1e-2
+
+
+def test_a_sweep_may_take_several_runs(tmp_path: Path) -> None:
+    first, second = benchmark_json(tmp_path / "a.json"), tmp_path / "b.json"
+    data = json.loads(first.read_text())
+    data["datetime"] = "2027-01-02T03:04:05"
+    data["benchmarks"] = data["benchmarks"][:1]
+    data["benchmarks"][0]["stats"]["median"] = 5e-3
+    second.write_text(json.dumps(data))
+    tables.write(tables.read(first), tmp_path)
+    before = (tmp_path / "toy-device.csv").read_text().splitlines()
+    tables.write(tables.read(second), tmp_path)
+    after = (tmp_path / "toy-device.csv").read_text().splitlines()
+    # the same measurement's row is replaced, the others are as they were, with their date
+    (old,), (new,) = set(before) - set(after), set(after) - set(before)
+    assert ("0.001," in old, "2026-01-02" in old) == ("0.005," in new, "2027-01-02" in new) == (True, True)
+    assert len(after) == len(before) == 5
+    tables.write(tables.read(second), tmp_path, replace=True)
+    assert len(pd.read_csv(tmp_path / "toy-device.csv")) == 1
+
+
+def test_rows_of_other_sources_are_stale(tmp_path: Path) -> None:
+    file = benchmark_json(tmp_path / "a.json")
+    data = json.loads(file.read_text())
+    native, naive, hgrn, attention = data["benchmarks"]
+    native["extra_info"]["source"] = tables.sources("op", "scan")
+    naive["extra_info"]["source"] = "of another day"
+    hgrn["extra_info"]["source"] = tables.sources("mixer", "hgrn")
+    attention["extra_info"]["name"] = "of another package"
+    file.write_text(json.dumps(data))
+    assert list(tables.current(tables.read(file))["test"]) == [
+        f"benchmarks/{row['fullname']}" for row in (native, hgrn)
+    ]
+    here = {"device": "toy-device", "threads": 2, "versions": {"torch": "2.13.0"}}
+    assert len(tables.measured_tests(tmp_path, here)) == 2
+    assert not tables.measured_tests(tmp_path, {**here, "threads": 4})
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmarks": []}', '{"benchmarks": [{"extra_info": {}}]}'])
@@ -397,9 +436,9 @@ def test_the_sweeps_run_and_become_pages(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
-    saved = tables.newest(tmp_path / "saved")
+    (saved,) = tables.saved(tmp_path / "saved")
     assert "node" not in json.loads(saved.read_text())["machine_info"]
-    tables.write([saved], tmp_path / "speed")
+    tables.write(tables.current(tables.read(saved)), tmp_path / "speed")
     rows = pd.read_csv(tmp_path / "speed" / f"{FINGERPRINT}.csv", keep_default_na=False)
     assert set(rows["name"]) == {"mingru", "scan", "attention"}
     assert (rows["median_s"] > 0).all()

@@ -11,20 +11,34 @@ from rich.text import Text
 from mixers.commands import common
 from mixers.commands.common import console, fail, mistakes
 
+# where pytest-benchmark saves, by benchmarks/pytest.ini
+SAVED = Path(".benchmarks")
+
 
 def tables(
     json: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A file that pytest-benchmark saved; repeat it. By default the newest one.", show_default=False
+            help="A file that pytest-benchmark saved; repeat it. By default all in .benchmarks, but for rows that "
+            "were made with other sources than these.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the pages.")] = Path("docs/speed"),
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Without the rows that the folder has from other runs.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; fail if a page is not what its rows give.")
     ] = False,
 ) -> None:
-    """Turns the JSON of `python -m pytest benchmarks` into a page of tables for each device, and an index."""
+    """Turns the JSON of `python -m pytest benchmarks` into a page of tables for each device, and an index.
+
+    A row takes the place of the same measurement's in the folder, and the others there stay as they are, with their
+    date and versions: a sweep may be spread over several runs.
+    """
+    import pandas as pd
+
     from mixers import tables as pages
 
     with mistakes():
@@ -33,10 +47,13 @@ def tables(
                 fail("\n".join(wrong))
             console().print(f"{out}: every page is what its rows give")
             return
-        files = json or [pages.newest(Path(".benchmarks"))]
-        for file in files:
+        for file in json or []:
             _must_exist("--json", file)
-        written = pages.write(files, out)
+        rows = pd.concat([pages.read(file) for file in json or pages.saved(SAVED)], ignore_index=True)
+        rows = rows if json else pages.current(rows)
+        if rows.empty:
+            fail(f"{SAVED} holds no results that were made with these sources; --json takes others")
+        written = pages.write(rows, out, replace=replace)
     for path in written:
         console().print(str(path))
 
