@@ -28,6 +28,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -62,16 +63,32 @@ class Library:
             team = ctypes.CDLL(torch._C.__file__).GOMP_parallel
             self._dll.use_openmp(ctypes.cast(team, ctypes.c_void_p))
 
-    def function(self, name: str, fields: int) -> Callable[..., None]:
+    def function(self, name: str, fields: int | str) -> Callable[..., None]:
         """`void name(const int64_t fields[])` as a function of `fields` integers; an address is an integer too."""
-        native = self._dll[name]
-        native.argtypes, native.restype = [ctypes.c_char_p], None
-        pack = struct.Struct(f"{fields}q").pack
+        native, pack = self._entry(name, fields, None)
 
         def call(*values: int) -> None:
             native(pack(*values))
 
         return call
+
+    def checked_function(self, name: str, fields: int | str) -> Callable[..., None]:
+        """Likewise `int name(...)`, which returns 0, or anything else where memory ran out: a MemoryError.
+
+        fields: how many integers; with doubles among them what they are, like "11qd3q" (see the module struct).
+        """
+        native, pack = self._entry(name, fields, ctypes.c_int)
+
+        def call(*values: float) -> None:
+            if native(pack(*values)):
+                raise MemoryError(f"{name}: out of memory")
+
+        return call
+
+    def _entry(self, name: str, fields: int | str, result: Any) -> tuple[Callable[[bytes], Any], Callable[..., bytes]]:
+        native = self._dll[name]
+        native.argtypes, native.restype = [ctypes.c_char_p], result
+        return native, struct.Struct(f"{fields}q" if isinstance(fields, int) else fields).pack
 
     def vector_bytes(self) -> int:
         """Width of the vectors that the library was compiled for."""
@@ -112,9 +129,9 @@ def reasons(source: Path) -> list[str]:
     return [] if why is None else [why]
 
 
-def functions(source: Path) -> Callable[[str, int], Callable[..., None]]:
-    """`load(source).function`, each function made once, when it is first asked for."""
-    return functools.cache(lambda name, fields: load(source).function(name, fields))
+def functions(source: Path) -> Callable[[str, int | str], Callable[..., None]]:
+    """`load(source).checked_function`, each function made once, when it is first asked for."""
+    return functools.cache(lambda name, fields: load(source).checked_function(name, fields))
 
 
 def compiler() -> list[str]:

@@ -1,46 +1,8 @@
-// What kernels of matrix states share: sequences [B, T, heads, columns] in chunks of rows, rows in the format of the
-// sums with zeros behind their columns, and arithmetic on vectors that rounds alike in every kernel.
-//
-// S is the format of states, decays and sums: double for double, else float. A row or state in S is `width` numbers
-// wide, whole vectors.
+// What kernels of matrix states share: sequences [B, T, heads, columns] in chunks of rows, and rows in the format of the
+// sums with zeros behind their columns. A row or state in S is `width` numbers wide, whole vectors.
 #pragma once
-#include <algorithm>
-#include <memory>
-#include <new>
-#include <vector>
-
 #include "exp.h"
-#include "parallel.h"
-#include "simd.h"
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-// Before loops whose index must be known when compiling: what they index stays in registers.
-#define UNROLL _Pragma("GCC unroll 16")
-
-template <class S>
-constexpr int kLanes = kVectorBytes / sizeof(S);
-
-// n rounded up.
-inline int64_t multiple(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-
-// The columns and those behind them that fill the last vector, and four of any format.
-template <class S>
-int64_t whole_vectors(int64_t columns) {
-    return multiple(columns, std::max(kLanes<S>, 4));
-}
-
-// Uninitialised numbers at the start of a cache line.
-template <class S>
-struct Scratch {
-    struct Free {
-        void operator()(S* p) const { ::operator delete[](p, std::align_val_t(kCacheLine)); }
-    };
-    std::unique_ptr<S[], Free> memory;
-    explicit Scratch(int64_t n) : memory(new (std::align_val_t(kCacheLine)) S[n]) {}
-    S* operator+(int64_t i) const { return memory.get() + i; }
-};
+#include "work.h"
 
 // While it lives, numbers of this thread that are too small to be normal are zero: a state that fades away would cost
 // a hundred times as much.
@@ -57,76 +19,6 @@ class FlushDenormals {
 #endif
     FlushDenormals(const FlushDenormals&) = delete;
 };
-
-// ---- Vectors of kLanes<S> numbers
-
-template <class S>
-using Lanes = Vec<S, kLanes<S>>;
-
-template <class S>
-INLINE Lanes<S> all(S s) {
-    return s - Lanes<S>{};
-}
-
-// a * b + c, rounded once where the processor can. By name: of two products a compiler may fuse one here and the other
-// there, and then two kernels differ in their last bits.
-template <class V>
-INLINE V multiply_add(V a, V b, V c) {
-    constexpr bool wide = sizeof(a[0]) == 8;
-#if defined(__AVX512F__)
-    if constexpr (sizeof(V) == 64 && wide) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-    else if constexpr (sizeof(V) == 64) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-    else
-#endif
-#if defined(__AVX2__) && defined(__FMA__)
-    if constexpr (sizeof(V) == 32 && wide) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-    else if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-    else
-#endif
-#if defined(__aarch64__)
-    if constexpr (sizeof(V) == 16 && wide) return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
-    else if constexpr (sizeof(V) == 16) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-    else
-#endif
-        return a * b + c;
-}
-
-// The first n of a vector's numbers, and zeros behind them.
-template <class T>
-INLINE Lanes<StateOf<T>> load_some(const T* from, int64_t n) {
-    constexpr int W = kLanes<StateOf<T>>;
-    if (n >= W) return load<W>(from);
-    T part[W] = {};
-    if (n > 0) std::memcpy(part, from, n * sizeof(T));
-    return load<W>(part);
-}
-
-template <class T>
-INLINE void store_some(T* to, Lanes<StateOf<T>> v, int64_t n) {
-    constexpr int W = kLanes<StateOf<T>>;
-    if (n >= W) return store(to, v);
-    T part[W];
-    store(part, v);
-    if (n > 0) std::memcpy(to, part, n * sizeof(T));
-}
-
-// By halves, the sums of lanes i, i + W, i + 2 W, ...
-template <int W, class V>
-INLINE auto fold(V v) {
-    using S = std::remove_cvref_t<decltype(v[0])>;
-    if constexpr (lanes<V> == W) return v;
-    else {
-        Vec<S, lanes<V> / 2> half[2];
-        std::memcpy(half, &v, sizeof v);
-        return fold<W>(half[0] + half[1]);
-    }
-}
-
-// The sum of all lanes.
-template <class V>
-INLINE auto sum(V v) {
-    return fold<1>(v)[0];
-}
 
 // Lane i of the result is lane PICK(i) of a and b, one behind the other.
 template <int (*PICK)(int), class V, int... I>
@@ -158,20 +50,6 @@ INLINE void sums_of_four(const Lanes<S>* v, S* to) {
         auto four = shuffle<two_by_two<W, false>>(ab, cd, lane) + shuffle<two_by_two<W, true>>(ab, cd, lane);
         store(to, fold<4>(four));
     }
-}
-
-// ---- Work
-
-// Calls f(i, scratch) for i in [0, n), each once, on torch's threads; `numbers` of scratch to each thread.
-template <class S, class F>
-void parallel_with_scratch(int64_t n, int64_t threads, int64_t numbers, const F& f) {
-    threads = std::min(n, threads);
-    std::atomic<int64_t> next = 0;
-    parallel_for(threads, threads, [&](int64_t) {
-        FlushDenormals flush;
-        Scratch<S> scratch(numbers);
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, scratch + 0);
-    });
 }
 
 // ---- Sequences of rows
@@ -306,14 +184,4 @@ template <class S>
 OUTLINE void transpose_out(const S* from, int64_t width, int64_t keys, int64_t columns, int64_t V, S* to) {
     for (int64_t k = 0; k < keys; ++k)
         for (int64_t v = 0; v < columns; ++v) to[k * V + v] = from[v * width + k];
-}
-
-// to[i] = the sum of from[part][i] over the parts, in double and in one order, whoever computed them.
-template <class S>
-void add_parts(const S* from, int64_t parts, int64_t numbers, S* to) {
-    for (int64_t i = 0; i < numbers; ++i) {
-        double total = 0;
-        for (int64_t part = 0; part < parts; ++part) total += from[part * numbers + i];
-        to[i] = S(total);
-    }
 }

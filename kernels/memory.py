@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TypeVar
 
 import torch
@@ -33,14 +32,14 @@ def no_kernel(problem: Problem, *names: str) -> list[str]:
     return ["no kernel for " + " with ".join(f"{name} in {dtype}" for name, dtype in zip(names, dtypes))]
 
 
-def bits(number: float) -> int:
-    """Of a double, as the integer of 8 bytes that native code is handed."""
-    return int(struct.unpack("q", struct.pack("d", number))[0])
-
-
 def bounds(cu_seqlens: Tensor | None) -> Tensor | None:
     """As native code reads them: int64, side by side."""
     return None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+
+
+def longest(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Rows of the longest sequence in x [B, T, ...]."""
+    return x.shape[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -57,6 +57,11 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.frombuffer(view, dtype=x.dtype, count=x.numel()).resize_(x.shape)
 
 
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Likewise of this shape."""
+    return empty_like(torch.empty((), dtype=dtype).expand(shape))
+
+
 def idle_bytes() -> int:
     """Bytes in blocks that wait for their next use."""
     return sum(size for size, _ in list(_idle))

@@ -39,9 +39,11 @@ struct Backward {
     const void* dfinal_state;  // may be null: zeros
     Gradient dq, dk, da, db, dlog_decay;
     void *dv, *dinitial_state;
+    void* kept;  // in S, for each thread: states before every chunk of a part
+    int64_t kept_numbers;
 };
 
-static_assert(sizeof(Problem) == 38 * 8 && sizeof(Forward) == 40 * 8 && sizeof(Backward) == 55 * 8,
+static_assert(sizeof(Problem) == 38 * 8 && sizeof(Forward) == 40 * 8 && sizeof(Backward) == 57 * 8,
               "Python packs this many fields");
 
 // Rows that are made ready at a time, and whose states are kept at once on the way back, in the L2 cache.
@@ -157,7 +159,7 @@ struct Inputs {
 };
 
 template <class S, int N, bool DELTA, bool DECAY>
-void run_part(const Forward& f, const Chunks& chunks, const Part<S>& part, S* scratch) {
+void run_part(const Forward& f, const Chunks& chunks, const Part<S>& part, S* scratch, int64_t) {
     const Problem& p = f.problem;
     const int64_t keys = whole_vectors<S>(p.keys), width = part.width, values = part.tiles * width, size = keys * width;
     const Inputs<S, DELTA> in(p, part, keys, scratch);
@@ -183,20 +185,20 @@ void run_part(const Forward& f, const Chunks& chunks, const Part<S>& part, S* sc
 }
 
 template <class S>
-int64_t scratch_of(const Forward& f, const Chunks&, int64_t keys, int64_t values) {
+int64_t scratch_of(const Forward&, int64_t keys, int64_t values) {
     return values * (keys + kRows + 2);
 }
 
-// Calls f<S, vectors, decay>(part, scratch) for all parts.
+// Runs all parts of a call, each in the format, and with the vectors and decays, that it has.
 template <bool DELTA, class Call>
 void run(const Call& call) {
     const Problem& p = call.problem;
     const Chunks chunks(p.cu_seqlens, p.sequences, p.rows, kRows);
     auto all = [&]<class S, int N, bool DECAY>() {
         const int64_t keys = whole_vectors<S>(p.keys), values = Part<S>::most(p) * N * kLanes<S>;
-        const int64_t numbers = Inputs<S, DELTA>::numbers(keys, values) + scratch_of<S>(call, chunks, keys, values);
-        parallel_with_scratch<S>(p.sequences * p.heads * p.groups, p.threads, numbers, [&](int64_t i, S* scratch) {
-            run_part<S, N, DELTA, DECAY>(call, chunks, Part<S>(p, i), scratch);
+        const int64_t numbers = Inputs<S, DELTA>::numbers(keys, values) + scratch_of<S>(call, keys, values);
+        parallel_with_scratch<S, FlushDenormals>(p.sequences * p.heads * p.groups, p.threads, numbers, [&](int64_t i, S* scratch, int64_t thread) {
+            run_part<S, N, DELTA, DECAY>(call, chunks, Part<S>(p, i), scratch, thread);
         });
     };
     auto with_decay = [&]<class S, int N>() {

@@ -20,6 +20,8 @@ from kernels.problem import Problem, state_dtype
 
 # of a tile's state, in the L1 cache beside the rows that pass by
 STATE_BYTES = 32768
+# rows of a chunk
+CHUNK = 16
 # so many parts are wanted, for threads to share
 PARTS = 8
 # fewer products than this are done before a second thread has woken up
@@ -39,11 +41,11 @@ class Native:
 
     @functools.cached_property
     def run_forward(self) -> Callable[..., None]:
-        return jit_cpp.load(self.source).function(f"{self.name}_forward", 40)
+        return jit_cpp.load(self.source).checked_function(f"{self.name}_forward", "12qd27q")
 
     @functools.cached_property
     def run_backward(self) -> Callable[..., None]:
-        return jit_cpp.load(self.source).function(f"{self.name}_backward", 55)
+        return jit_cpp.load(self.source).checked_function(f"{self.name}_backward", "12qd44q")
 
     @functools.cached_property
     def vector_bytes(self) -> int:
@@ -79,6 +81,7 @@ class Native:
         if given.groups > 1:
             parts = [None if x is None else x.new_empty((given.groups, *x.shape), dtype=given.wide) for x in summed]
         dy, dfinal = columns_together(dy), memory.contiguous(dfinal)
+        kept = given.room()
         self.run_backward(
             *given.fields,
             *memory.heads(dy),
@@ -86,6 +89,8 @@ class Native:
             *(number for pair in zip(summed, parts) for number in map(address, pair)),
             address(dv),
             address(dinitial),
+            kept.data_ptr(),
+            kept[0].numel(),
         )
         return tuple(found)
 
@@ -113,6 +118,8 @@ class _Given:
         self.states = sequences, heads, keys, values
         vectors, self.groups = _tiles(sequences * heads, keys, values, self.wide.itemsize, vector_bytes)
         parallel = batch * length * heads * keys * values >= SERIAL_SIZE
+        self.threads = torch.get_num_threads() if parallel else 1
+        self.lanes, self.vectors = vector_bytes // self.wide.itemsize, vectors
         self.fields = (
             address(self.cu_seqlens),
             sequences,
@@ -123,13 +130,23 @@ class _Given:
             0 if log_decay is None else log_decay.shape[3],
             memory.DTYPES[q.dtype],
             0 if a is None else memory.DTYPES[a.dtype],
-            torch.get_num_threads() if parallel else 1,
+            self.threads,
             vectors,
             self.groups,
-            memory.bits(scale),
+            scale,
             *(number for x in self.kept for number in memory.heads(x)),
             address(self.initial),
         )
+
+    def room(self) -> Tensor:
+        """For every thread's states before each chunk of the part that it is at; keys and columns are whole vectors."""
+        sequences, heads, keys, values = self.states
+        threads = min(self.threads, sequences * heads * self.groups)
+        chunks = max(1, -(-memory.longest(self.v, self.cu_seqlens) // CHUNK))
+        rows, width = max(self.lanes, 4), self.lanes * self.vectors
+        tiles = -(-values // width)
+        columns = -(-tiles // self.groups) * width
+        return pool.empty(threads, chunks, -(-keys // rows) * rows, columns, dtype=self.wide)
 
 
 @functools.cache

@@ -3,25 +3,23 @@
 #include "rank_one.h"
 
 template <class S>
-int64_t scratch_of(const Backward& b, const Chunks& chunks, int64_t keys, int64_t values) {
+int64_t scratch_of(const Backward& b, int64_t keys, int64_t values) {
     const int64_t width = b.problem.vectors * kLanes<S>;
-    int64_t most = 1;
-    for (int64_t n = 0; n < chunks.sequences(); ++n) most = std::max(most, chunks.count(n));
-    return keys * ((most + 1) * values + (kRows + 1) * width + 5 * kRows + 1) +
+    return keys * (values + (kRows + 1) * width + 5 * kRows + 1) +
            kRows * (2 * (values + width) + whole_vectors<S>(1)) + 4 * width;
 }
 
 // Walks forward once and keeps the state before every chunk; then takes the chunks from the last to the first, makes the
 // states of each again, and goes back through its rows.
 template <class S, int N, bool DELTA, bool DECAY>
-void run_part(const Backward& b, const Chunks& chunks, const Part<S>& part, S* scratch) {
+void run_part(const Backward& b, const Chunks& chunks, const Part<S>& part, S* scratch, int64_t thread) {
     constexpr int W = kLanes<S>;
     const Problem& p = b.problem;
     const int64_t keys = whole_vectors<S>(p.keys), width = part.width, values = part.tiles * width, size = keys * width;
     const int64_t all = keys * values, count = chunks.count(part.sequence);
     const Inputs<S, DELTA> in(p, part, keys, scratch);
     auto take = [&](int64_t numbers) { return std::exchange(scratch, scratch + numbers); };
-    S *kept = take(std::max<int64_t>(count, 1) * all), *G = take(all), *states = take((kRows + 1) * size);
+    S *kept = static_cast<S*>(b.kept) + thread * b.kept_numbers, *G = take(all), *states = take((kRows + 1) * size);
     S *dy = take(kRows * values), *dv = take(kRows * values), *read = take(kRows * width), *u = take(kRows * width);
     S *of_v = take(width), *of_p = take(width), *dp = take(width), *zeros = take(width);
     // sums over tiles
@@ -118,7 +116,7 @@ template <class S>
 void add_groups(const Problem& p, const Gradient& to, int64_t format, int64_t columns) {
     if (to.sum == nullptr || p.groups == 1) return;
     const int64_t row = p.heads * columns, width = whole_vectors<S>(row), all = p.all_rows() * row;
-    parallel_with_scratch<S>(p.all_rows(), p.threads, width, [&](int64_t i, S* total) {
+    parallel_with_scratch<S, FlushDenormals>(p.all_rows(), p.threads, width, [&](int64_t i, S* total, int64_t) {
         const S* from = static_cast<const S*>(to.parts) + i * row;
         for (int64_t c = 0; c < row; c += kLanes<S>) {
             Lanes<S> one = {};

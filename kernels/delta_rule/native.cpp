@@ -3,6 +3,10 @@
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
-void delta_rule_forward(const Forward* f) { run<true>(*f); }
-void delta_rule_backward(const Backward* b) { run_back<true>(*b); }
+int delta_rule_forward(const Forward* f) {
+    return unless_out_of_memory([&] { run<true>(*f); });
+}
+int delta_rule_backward(const Backward* b) {
+    return unless_out_of_memory([&] { run_back<true>(*b); });
+}
 }

@@ -3,6 +3,10 @@
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
-void dplr_forward(const Forward* f) { run<false>(*f); }
-void dplr_backward(const Backward* b) { run_back<false>(*b); }
+int dplr_forward(const Forward* f) {
+    return unless_out_of_memory([&] { run<false>(*f); });
+}
+int dplr_backward(const Backward* b) {
+    return unless_out_of_memory([&] { run_back<false>(*b); });
+}
 }

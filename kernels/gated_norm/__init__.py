@@ -39,7 +39,7 @@ def gated_norm(
         weight: [D], or [V] for all heads, or [H, V]; in x's dtype, or float32 beside a 16-bit x. None for ones.
         bias: likewise; None for zeros.
         norm: "layer" subtracts the mean, "rms" does not.
-        activation: of the gate: "identity", "silu", "sigmoid", "gelu", "relu" or "tanh".
+        activation: of the gate: "identity", "silu", "sigmoid", "tanh", "gelu" or "relu".
         gate_first: the gate comes before the norm, as in Mamba-2.
         eps: added to the mean square.
         backend: "auto" (the tuned choice, else the last listed that can run) or "naive", "native", "triton"; a named

@@ -13,13 +13,13 @@ and with means over a head's V numbers, dz = dy or dy ⊙ s and dn = dz ⊙ weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.hgru.gates import ACTIVATIONS as OF_HGRU
 from kernels.problem import state_dtype
 
 
@@ -28,14 +28,8 @@ def _gelu_slope(g: Tensor) -> Tensor:
 
 
 # act and its derivative
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "identity": (lambda g: g, torch.ones_like),
-    "silu": (F.silu, lambda g: torch.sigmoid(g) * (1 + g * torch.sigmoid(-g))),
-    "sigmoid": (torch.sigmoid, lambda g: torch.sigmoid(g) * torch.sigmoid(-g)),
-    "gelu": (F.gelu, _gelu_slope),
-    "relu": (F.relu, lambda g: (g > 0).to(g.dtype)),
-    "tanh": (torch.tanh, lambda g: 1 - torch.tanh(g).square()),
-}
+ACTIVATIONS = {name: OF_HGRU[name] for name in ("identity", "silu", "sigmoid", "tanh")}
+ACTIVATIONS |= {"gelu": (F.gelu, _gelu_slope), "relu": (F.relu, lambda g: (g > 0).to(g.dtype))}
 
 
 def forward(

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import DTYPES, address, bits, heads_side_by_side, no_kernel
+from kernels.memory import DTYPES, address, heads_side_by_side, no_kernel
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# in the order in which native.cpp counts them
+# in the order in which native.h counts them
 ACTIVATIONS = {"identity": 1, "silu": 2, "sigmoid": 3}
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
 # numbers that a thread takes at a time, forward
 RUN_SIZE = 16384
+# native.h's Problem
+FIELDS = "11qd10q"
 _function = jit_cpp.functions(SOURCE)
 
 
@@ -54,10 +56,12 @@ def forward(
     config: Mapping[str, int],
 ) -> tuple[Tensor]:
     """(y,) like x."""
+    given = x, gate, weight, bias = _readable(x, gate, weight, bias)
     y = pool.empty_like(x)
     run = max(1, RUN_SIZE // (x.shape[2] * x.shape[3]))
-    given = _Given(x, gate, weight, bias)
-    _function("gated_norm_forward", 21)(*given.fields(center, activation, gate_first, eps, run, config), y.data_ptr())
+    _function("gated_norm_forward", f"{FIELDS}q")(
+        *_fields(*given, center, activation, gate_first, eps, run, config), y.data_ptr()
+    )
     return (y,)
 
 
@@ -78,67 +82,75 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dgate, dweight, dbias), each like its input, or None where `needs` says so or there is no such input."""
     dy = heads_side_by_side(torch.zeros_like(x) if dy is None else dy)
-    given = _Given(x, gate, weight, bias)
-    rows, wide = x.shape[0] * x.shape[1], state_dtype(x.dtype)
+    dtypes = [None if parameter is None else parameter.dtype for parameter in (weight, bias)]
+    given = x, gate, weight, bias = _readable(x, gate, weight, bias)
+    B, T, H, V = x.shape
     # few enough that rounded sums stay short, and enough for many threads
-    run = 64 if rows < 16384 else 256
+    run = 64 if B * T < 16384 else 256
+    runs, wide = -(-B * T // run), state_dtype(x.dtype)
     dx = pool.empty_like(x) if needs[0] else None
     dgate = pool.empty_like(gate) if needs[1] and gate is not None else None
-    dweight = x.new_empty(weight.shape, dtype=wide) if needs[2] and weight is not None else None
-    dbias = x.new_empty(bias.shape, dtype=wide) if needs[3] and bias is not None else None
+    dweight = torch.empty(H, V, dtype=wide) if needs[2] and weight is not None else None
+    dbias = torch.empty(H, V, dtype=wide) if needs[3] and bias is not None else None
     partials = None
-    if dweight is not None or dbias is not None:
-        partials = x.new_empty((-(-rows // run), 2, *x.shape[2:]), dtype=wide)
-    _function("gated_norm_backward", 28)(
-        *given.fields(center, activation, gate_first, eps, run, config),
+    if runs > 1 and (dweight is not None or dbias is not None):
+        partials = torch.empty(runs, 2, H, V, dtype=wide)
+    _function("gated_norm_backward", f"{FIELDS}8q")(
+        *_fields(*given, center, activation, gate_first, eps, run, config),
         dy.data_ptr(),
         *dy.stride()[:2],
         *map(address, (dx, dgate, dweight, dbias, partials)),
     )
-    if dweight is not None and weight is not None:
-        dweight = dweight.to(weight.dtype)
-    if dbias is not None and bias is not None:
-        dbias = dbias.to(bias.dtype)
+    dweight, dbias = (d if d is None or d.dtype == dtype else d.to(dtype) for d, dtype in zip((dweight, dbias), dtypes))
     return dx, dgate, dweight, dbias
 
 
-class _Given:
-    """The inputs as native.cpp reads them; keeps the copies that it made alive."""
-
-    def __init__(self, x: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-        wide = state_dtype(x.dtype)
-        self.x, self.gate = heads_side_by_side(x), None if gate is None else heads_side_by_side(gate)
-        self.weight, self.bias = _widened(weight, wide), _widened(bias, wide)
-
-    def fields(
-        self, center: bool, activation: str, gate_first: bool, eps: float, run: int, config: Mapping[str, int]
-    ) -> tuple[int, ...]:
-        """The fields of native.cpp's Problem."""
-        x, gate = self.x, self.gate
-        numbers, stride = x.numel(), x.stride()
-        gate_stride = (0, 0) if gate is None else gate.stride()
-        return (
-            *x.shape,
-            center,
-            0 if gate is None else ACTIVATIONS[activation],
-            gate_first and gate is not None,
-            DTYPES[x.dtype],
-            torch.get_num_threads() if numbers >= SERIAL_SIZE else 1,
-            run,
-            numbers * x.element_size() >= config["around_cache_mib"] << 20,
-            bits(eps),
-            x.data_ptr(),
-            stride[0],
-            stride[1],
-            address(gate),
-            gate_stride[0],
-            gate_stride[1],
-            address(self.weight),
-            address(self.bias),
-        )
+def _readable(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The inputs as native.h's Problem reads them, some of them copies."""
+    wide = state_dtype(x.dtype)
+    return (
+        heads_side_by_side(x),
+        None if gate is None else heads_side_by_side(gate),
+        None if weight is None else _widened(weight, wide),
+        None if bias is None else _widened(bias, wide),
+    )
 
 
-def _widened(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if parameter is None or (parameter.dtype == dtype and parameter.is_contiguous()):
-        return parameter
-    return parameter.to(dtype).contiguous()
+def _widened(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    if parameter.dtype != dtype:
+        parameter = parameter.to(dtype)
+    return parameter if parameter.stride(1) == 1 else parameter.contiguous()
+
+
+def _fields(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    center: bool,
+    activation: str,
+    gate_first: bool,
+    eps: float,
+    run: int,
+    config: Mapping[str, int],
+) -> tuple[float, ...]:
+    """The fields of native.h's Problem. A parameter that all heads share lies 0 numbers behind itself."""
+    numbers = x.numel()
+    return (
+        *x.shape,
+        center,
+        0 if gate is None else ACTIVATIONS[activation],
+        gate_first and gate is not None,
+        DTYPES[x.dtype],
+        torch.get_num_threads() if numbers >= SERIAL_SIZE else 1,
+        run,
+        numbers * x.element_size() >= config["around_cache_mib"] << 20,
+        eps,
+        x.data_ptr(),
+        *x.stride()[:2],
+        *((0, 0, 0) if gate is None else (gate.data_ptr(), *gate.stride()[:2])),
+        *((0, 0) if weight is None else (weight.data_ptr(), weight.stride(0))),
+        *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))),
+    )

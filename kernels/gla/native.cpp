@@ -95,7 +95,7 @@ void forward(const Forward& f) {
     const Chunks chunks(p.cu_seqlens, p.sequences, p.rows, kForwardRows);
     const Shares shares(p, kLanes<S>, p.threads);
     const int64_t numbers = kForwardRows * (3 * whole_vectors<S>(p.keys) + 2 * whole_vectors<S>(shares.widest()));
-    parallel_with_scratch<S>(shares.count, p.threads, numbers, [&](int64_t i, S* scratch) {
+    parallel_with_scratch<S, FlushDenormals>(shares.count, p.threads, numbers, [&](int64_t i, S* scratch, int64_t) {
         if (p.bonus) forward_share<S, true>(f, chunks, shares[i], scratch);
         else forward_share<S, false>(f, chunks, shares[i], scratch);
     });
@@ -107,6 +107,10 @@ void forward(const Forward& f) {
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
-void gla_forward(const Forward* f) { f->problem.format == 0 ? forward<double>(*f) : forward<float>(*f); }
-void gla_backward(const Backward* b) { b->problem.format == 0 ? backward<double>(*b) : backward<float>(*b); }
+int gla_forward(const Forward* f) {
+    return unless_out_of_memory([&] { f->problem.format == 0 ? forward<double>(*f) : forward<float>(*f); });
+}
+int gla_backward(const Backward* b) {
+    return unless_out_of_memory([&] { b->problem.format == 0 ? backward<double>(*b) : backward<float>(*b); });
+}
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import DTYPES, address, bits, bounds, columns_together, contiguous, heads, no_kernel, sequences
+from kernels.memory import DTYPES, address, bounds, columns_together, contiguous, heads, no_kernel, sequences
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -48,7 +48,7 @@ def forward(
     given = _Given(q, k, v, log_decay, initial_state, bonus, cu_seqlens, scale)
     y = pool.empty_like(v)
     final_state = q.new_empty((given.sequences, *q.shape[2:], v.shape[3]), dtype=state_dtype(q.dtype))
-    _function("gla_forward", 30)(*given.fields(), y.data_ptr(), final_state.data_ptr())
+    _function("gla_forward", "9qd20q")(*given.fields(), y.data_ptr(), final_state.data_ptr())
     return y, final_state
 
 
@@ -78,11 +78,10 @@ def backward(
     # as many as there could be in packed sequences
     chunks = B * -(-T // chunk) if cu_seqlens is None else T // chunk + given.sequences
     wide = state_dtype(q.dtype)
-    number = q.new_empty((), dtype=wide)
     lanes = max(jit_cpp.load(SOURCE).vector_bytes() // wide.itemsize, 4)
-    parts = None if dbonus is None else number.new_empty((chunks, H, K))
-    states = pool.empty_like(number.expand(2, chunks, H, -(-V // lanes) * lanes, -(-K // lanes) * lanes))
-    _function("gla_backward", 42)(
+    parts = None if dbonus is None else torch.empty(chunks, H, K, dtype=wide)
+    states = pool.empty(2, chunks, H, -(-V // lanes) * lanes, -(-K // lanes) * lanes, dtype=wide)
+    _function("gla_backward", "9qd32q")(
         *given.fields(),
         *heads(dy),
         address(dfinal_state),
@@ -114,7 +113,7 @@ class _Given:
         self.cu_seqlens, self.sequences = bounds(cu_seqlens), sequences(q, cu_seqlens)
         self.scale = scale
 
-    def fields(self) -> tuple[int, ...]:
+    def fields(self) -> tuple[float, ...]:
         """The fields of native.h's Problem."""
         (B, T, H, K), V = self.q.shape, self.v.shape[3]
         return (
@@ -127,7 +126,7 @@ class _Given:
             1 if self.log_decay is None else self.log_decay.shape[3],
             DTYPES[self.q.dtype],
             torch.get_num_threads() if B * T * H * K * V >= SERIAL_SIZE else 1,
-            bits(self.scale),
+            self.scale,
             *heads(self.q),
             *heads(self.k),
             *heads(self.v),

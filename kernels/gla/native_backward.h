@@ -96,12 +96,12 @@ void backward(const Backward& b) {
     // either sweep is shared among all threads
     const Shares shares(p, whole_vectors<S>(1), (p.threads + 1) / 2);
     const int64_t numbers = sweep_numbers<S>(b.chunk, borders.width, whole_vectors<S>(shares.widest()));
-    parallel_with_scratch<S>(2 * shares.count, p.threads, numbers, [&](int64_t i, S* scratch) {
+    parallel_with_scratch<S, FlushDenormals>(2 * shares.count, p.threads, numbers, [&](int64_t i, S* scratch, int64_t) {
         if (i % 2) sweep_backward(b, chunks, borders, shares[i / 2], scratch);
         else sweep_forward(b, chunks, borders, shares[i / 2], scratch);
     });
-    const int64_t own = ChunkScratch<S>::numbers(b.chunk, p.keys, p.values);
-    parallel_with_scratch<S>(chunks.total() * p.heads, p.threads, own, [&](int64_t i, S* scratch) {
+    const int64_t own = ChunkScratch<S>(nullptr, b.chunk, p.keys, p.values).numbers;
+    parallel_with_scratch<S, FlushDenormals>(chunks.total() * p.heads, p.threads, own, [&](int64_t i, S* scratch, int64_t) {
         const int64_t at = i / p.heads, head = i % p.heads;
         const S *state = borders.state(at, head), *dstate = borders.dstate(at, head);
         S* parts = b.dbonus ? static_cast<S*>(b.dbonus_parts) + i * p.keys : nullptr;
@@ -109,9 +109,9 @@ void backward(const Backward& b) {
         if (p.bonus) chunk_gradients<S, true>(b, chunks.among_all(at, head), state, dstate, parts, c);
         else chunk_gradients<S, false>(b, chunks.among_all(at, head), state, dstate, parts, c);
     });
-    if (b.dbonus == nullptr) return;
-    const S* parts = static_cast<const S*>(b.dbonus_parts);
-    add_parts(parts, chunks.total(), p.heads * p.keys, static_cast<S*>(b.dbonus));
+    const int64_t numbers_of_bonus = p.heads * p.keys;
+    add_parts(static_cast<const S*>(b.dbonus_parts), chunks.total(), numbers_of_bonus, numbers_of_bonus,
+              static_cast<S*>(b.dbonus), p.threads);
 }
 
 }  // namespace

@@ -27,12 +27,14 @@ struct ChunkScratch {
     S *dA, *A_transposed, *along;                          // [kRows, kRows] twice, a vector for each row
     S *total, *through;                                    // [width]
 
-    static int64_t numbers(int64_t rows, int64_t keys, int64_t values) {
-        return ChunkScratch(nullptr, rows, keys, values).through - static_cast<S*>(nullptr) + whole_vectors<S>(keys);
-    }
+    int64_t numbers = 0;                                   // of all of these
+
+    // scratch: so many numbers; null where only their count is wanted.
     ChunkScratch(S* scratch, int64_t rows, int64_t keys, int64_t values)
         : width(whole_vectors<S>(keys)), stride(whole_vectors<S>(values)) {
-        auto take = [&](int64_t n, auto&... parts) { ((parts = scratch, scratch += n), ...); };
+        auto take = [&](int64_t n, auto&... parts) {
+            ((parts = scratch ? scratch + numbers : nullptr, numbers += n), ...);
+        };
         rows = multiple(rows, kRows);
         take(rows * width, q, k, decay, after, k_after);
         take(rows * stride, v, dy);

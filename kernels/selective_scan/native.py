@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.memory import FORMATS, address, bounds, contiguous, no_kernel, sequences, side_by_side
+from kernels.memory import FORMATS, address, bounds, contiguous, longest, no_kernel, sequences, side_by_side
 from kernels.problem import Problem, state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# vectors in a block of channels
-VECTORS = 4
+# vectors in a block of channels, and rows of a chunk
+VECTORS, CHUNK = 4, 32
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
 _function = jit_cpp.functions(SOURCE)
@@ -71,26 +71,32 @@ def backward(
     inputs = (x, delta, A, B, C, D, initial_state)
     found = [pool.empty_like(t) if needed and t is not None else None for t, needed in zip(inputs, needs)]
     dx, ddelta, dA, dB, dC, dD, dinitial_state = found
-    block = VECTORS * jit_cpp.load(SOURCE).vector_bytes() // given.A.element_size()
-    blocks = -(-A.shape[0] // block)
+    (channels, states), wide = A.shape, state_dtype(x.dtype)
+    block = VECTORS * jit_cpp.load(SOURCE).vector_bytes() // wide.itemsize
+    blocks = -(-channels // block)
     # what each sequence adds to dA and dD, and each block of channels to dB and dC
-    of_sequences = given.A.new_empty((given.sequences, A.shape[0], A.shape[1] + 1))
-    of_blocks = given.B.new_empty((2, blocks, *B.shape))
-    _function("selective_scan_backward", 33)(
+    of_sequences = torch.empty(given.sequences, channels, states + 1, dtype=wide)
+    of_blocks = pool.empty(2, blocks, *B.shape, dtype=wide)
+    # a thread's states before every chunk
+    chunks = max(1, -(-longest(x, given.cu_seqlens) // CHUNK))
+    kept = pool.empty(min(given.threads, given.sequences * blocks), chunks, states, block, dtype=wide)
+    _function("selective_scan_backward", 35)(
         *given.fields(),
         address(dy),
         *((0, 0) if dy is None else dy.stride()[:2]),
         address(dfinal_state),
         *map(address, (dx, ddelta, dinitial_state, dA, dB, dC, dD)),
         of_sequences.data_ptr(),
-        of_sequences.data_ptr() + given.sequences * A.numel() * A.element_size(),
+        of_sequences.data_ptr() + given.sequences * A.numel() * wide.itemsize,
         *map(address, of_blocks),
+        kept.data_ptr(),
+        kept[0].numel(),
     )
     return dx, ddelta, dA, dB, dC, dD, dinitial_state
 
 
 class _Given:
-    """The inputs as native.cpp reads them; keeps the copies that it made alive."""
+    """The inputs as native.h reads them; keeps the copies that it made alive."""
 
     def __init__(
         self,
@@ -109,17 +115,18 @@ class _Given:
         self.A, self.B, self.C = A.contiguous(), B.to(wide).contiguous(), C.to(wide).contiguous()
         self.D, self.initial_state = contiguous(D), contiguous(initial_state)
         self.cu_seqlens, self.sequences = bounds(cu_seqlens), sequences(x, cu_seqlens)
+        self.threads = torch.get_num_threads() if x.numel() * A.shape[1] >= SERIAL_SIZE else 1
 
     def fields(self) -> tuple[int, ...]:
-        """The fields of native.cpp's Problem."""
-        x, delta, states = self.x, self.delta, self.A.shape[1]
+        """The fields of native.h's Problem."""
+        x, delta = self.x, self.delta
         return (
             address(self.cu_seqlens),
             self.sequences,
             *x.shape[1:],
-            states,
+            self.A.shape[1],
             FORMATS[delta.dtype, x.dtype],
-            torch.get_num_threads() if x.numel() * states >= SERIAL_SIZE else 1,
+            self.threads,
             x.data_ptr(),
             delta.data_ptr(),
             *x.stride()[:2],

@@ -2,7 +2,7 @@
 // through it row by row; the few rows of the past stay in the L1 cache.
 #include <vector>
 
-#include "../parallel.h"
+#include "../work.h"
 #include "taps.h"
 
 namespace {
@@ -197,13 +197,14 @@ static_assert(sizeof(Forward) == 20 * 8 && sizeof(Backward) == 26 * 8 && sizeof(
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
-void short_conv_transpose(const Transpose* p) {
+int short_conv_transpose(const Transpose* p) {
     p->bytes == sizeof(double) ? transpose<double>(*p) : transpose<float>(*p);
+    return 0;
 }
-void short_conv_forward(const Forward* p) {
-    with_format(p->problem, [&]<class T>() { forward<T>(*p); });
+int short_conv_forward(const Forward* p) {
+    return unless_out_of_memory([&] { with_format(p->problem, [&]<class T>() { forward<T>(*p); }); });
 }
-void short_conv_backward(const Backward* p) {
-    with_format(p->problem, [&]<class T>() { backward<T>(*p); });
+int short_conv_backward(const Backward* p) {
+    return unless_out_of_memory([&] { with_format(p->problem, [&]<class T>() { backward<T>(*p); }); });
 }
 }
