@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.catalogue import OPS
+from kernels.op import Op
 from mixers import registry
 from mixers.commands.catalogue import Document, state_of
 
@@ -20,6 +21,16 @@ the options.
 |---|---|---|---|---|---|
 """
 
+OPS_HEAD = """
+## The ops
+
+Backends, simplest first. Those in brackets run kernels of other packages, or of torch: `auto` takes them only where
+they were compared and measured.
+
+| op | backends |
+|---|---|
+"""
+
 
 def page() -> str:
     """Our own mixers, without those of other packages."""
@@ -32,11 +43,14 @@ def page() -> str:
         facts = mixer.family, f"{parameters:,}", state_of(mixer), ", ".join(mixer.ops), mixer.source
         rows.append(f"| [{name}](#{name}) | {' | '.join(facts)} |\n")
         sections.append(f"\n## {name}\n\n{_section(name)}")
-    ops = "\n## The ops\n\n| op | backends, simplest first |\n|---|---|\n" + "".join(
-        f"| {op.name} | {', '.join(backend.name for backend in op.backends if not backend.foreign)} |\n"
-        for op in OPS.values()
-    )
-    return HEAD + "".join(rows) + ops + "".join(sections)
+    ops = "".join(f"| {op.name} | {', '.join(_backends(op))} |\n" for op in OPS.values())
+    return HEAD + "".join(rows) + OPS_HEAD + ops + "".join(sections)
+
+
+def _backends(op: Op) -> list[str]:
+    """Those that ship with the op; in brackets what runs other packages' kernels."""
+    shipped = [backend for backend in op.backends if backend.module.startswith("kernels.")]
+    return [f"({backend.name})" if backend.foreign else backend.name for backend in shipped]
 
 
 def _section(name: str) -> str:
