@@ -20,6 +20,10 @@ struct ExpSeries<double> {
 // p times 2 to the power of n, an integer, rounded once; `shifted` has n in its last bits.
 template <int W, class S>
 INLINE Vec<S, W> times_power_of_two(Vec<S, W> p, Vec<S, W> n, Vec<S, W> shifted) {
+    if constexpr (kGrouped<S, W>)
+        return for_parts<W, S>(
+            [&]<int P>(int k) INLINE_BODY { return times_power_of_two<P, S>(p.v[k], n.v[k], shifted.v[k]); });
+    else
 #if defined(__AVX512F__)
     if constexpr (sizeof(p) == 64 && sizeof(S) == 4) return (Vec<S, W>)_mm512_scalef_ps((__m512)p, (__m512)n);
     else if constexpr (sizeof(p) == 64) return (Vec<S, W>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
@@ -39,26 +43,28 @@ INLINE Vec<S, W> times_power_of_two(Vec<S, W> p, Vec<S, W> n, Vec<S, W> shifted)
 // x or a bound; a NaN stays one. One instruction where there is one for it, in place of two.
 template <int W, class S>
 INLINE Vec<S, W> at_least(Vec<S, W> x, S least) {
+    if constexpr (kGrouped<S, W>)
+        return for_parts<W, S>([&]<int P>(int k) INLINE_BODY { return at_least<P, S>(x.v[k], least); });
 #if defined(__AVX512F__)
-    if constexpr (sizeof(x) == 64 && sizeof(S) == 4)
+    else if constexpr (sizeof(x) == 64 && sizeof(S) == 4)
         return (Vec<S, W>)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);
     else if constexpr (sizeof(x) == 64)
         return (Vec<S, W>)_mm512_max_pd(_mm512_set1_pd(least), (__m512d)x);
 #endif
-    constexpr Vec<S, W> zero = {};
-    return x < least ? zero + least : x;
+    else return x < least ? Vec<S, W>{} + least : x;
 }
 
 template <int W, class S>
 INLINE Vec<S, W> at_most(Vec<S, W> x, S most) {
+    if constexpr (kGrouped<S, W>)
+        return for_parts<W, S>([&]<int P>(int k) INLINE_BODY { return at_most<P, S>(x.v[k], most); });
 #if defined(__AVX512F__)
-    if constexpr (sizeof(x) == 64 && sizeof(S) == 4)
+    else if constexpr (sizeof(x) == 64 && sizeof(S) == 4)
         return (Vec<S, W>)_mm512_min_ps(_mm512_set1_ps(most), (__m512)x);
     else if constexpr (sizeof(x) == 64)
         return (Vec<S, W>)_mm512_min_pd(_mm512_set1_pd(most), (__m512d)x);
 #endif
-    constexpr Vec<S, W> zero = {};
-    return x > most ? zero + most : x;
+    else return x > most ? Vec<S, W>{} + most : x;
 }
 
 template <int W, class S>
@@ -104,4 +110,30 @@ INLINE Vec<S, W> exponential(Vec<S, W> x) {
     constexpr bool wide = sizeof(S) == 8;
     constexpr S least = wide ? -746 : -104, most = wide ? 710 : 89;
     return exponential_within<W, S>(between<W, S>(least, x, most));
+}
+
+// The same for arguments that had 16 bits, to within 2e-7 (1 + |x| / 4) of its size: x log2(e) is rounded. No bounds.
+template <int W>
+INLINE Vec<float, W> exponential_of_short(Vec<float, W> x) {
+#if defined(__AVX512DQ__)
+    if constexpr (kPartLanes<float, W> == 16) {
+        auto fraction = [](Vec<float, 16> t) INLINE_BODY {
+            constexpr int from_floor = 9;
+            return (Vec<float, 16>)_mm512_reduce_ps((__m512)t, from_floor);
+        };
+        // 2^r = 1 + r (c[0] + c[1] r + ...) for r in [0, 1), to within 9e-8
+        constexpr float c[] = {0.693151295f, 0.240164444f, 0.0557999201f, 0.00901702512f, 0.00186713145f};
+        Vec<float, W> t = x * 1.44269504f, r;
+        if constexpr (kGrouped<float, W>)
+            r = for_parts<W, float>([&]<int P>(int k) INLINE_BODY { return fraction(t.v[k]); });
+        else r = fraction(t);
+        Vec<float, W> p = r * c[4] + c[3];
+        p = p * r + c[2];
+        p = p * r + c[1];
+        p = p * r + c[0];
+        // takes the floor of t
+        return times_power_of_two<W, float>(p * r + 1, t, t);
+    }
+#endif
+    return exponential<W, float>(x);
 }

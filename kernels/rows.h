@@ -68,6 +68,7 @@ struct Tiling {
 // The rows of one tensor in a tile, in the order of a walk.
 template <class T>
 struct Rows {
+    static constexpr int64_t kLine = kCacheLine / sizeof(T);
     T* row;
     // from one row to the next, and to the one that is to be prefetched
     int64_t step, ahead;
@@ -93,6 +94,7 @@ struct Rows {
 // Rows of results. They are computed in place, or in a buffer if they are to go around the cache or nobody needs them.
 template <class T>
 struct Output {
+    static constexpr int64_t kLine = Rows<T>::kLine;
     Rows<T> rows;
     bool needed, around_cache;
     // the row to write, and the row to be written that is to be prefetched

@@ -5,14 +5,17 @@
 // 1 / x for x in [1, 1e38].
 template <int W, class S>
 INLINE Vec<S, W> inverse(Vec<S, W> x) {
+    if constexpr (kGrouped<S, W>)
+        return for_parts<W, S>([&]<int P>(int k) INLINE_BODY { return inverse<P, S>(x.v[k]); });
+    else
 #if defined(__AVX512F__)
     // To 14 bits and a step of Newton's; a division takes five times as long.
     if constexpr (std::is_same_v<S, float> && W == 16) {
         auto guess = bits_as<Vec<S, W>>(_mm512_rcp14_ps(bits_as<__m512>(x)));
         return guess * (2 - x * guess);
-    }
+    } else
 #endif
-    return 1 / x;
+        return 1 / x;
 }
 
 // exp(x) for |x| <= 87 (float) or 708 (double), in float to within 3 units in the last place: beside 1 no more is seen.
@@ -37,9 +40,12 @@ template <class S>
 constexpr S kSaturated = sizeof(S) == 8 ? 708 : 87;
 
 // sigmoid(z) and 1 - sigmoid(z) = sigmoid(-z), neither by a subtraction; never less than at kSaturated.
-template <int W, class S>
+// SHORT: z had 16 bits, and then what would be less may be 0.
+template <int W, class S, bool SHORT = false>
 INLINE void open_sigmoids(Vec<S, W> z, Vec<S, W>& of_z, Vec<S, W>& of_minus_z) {
-    Vec<S, W> e = exponential_beside_one<W, S>(-between<W, S>(-kSaturated<S>, z, kSaturated<S>));
+    Vec<S, W> e;
+    if constexpr (SHORT) e = exponential_of_short<W>(-at_least<W, S>(z, -kSaturated<S>));
+    else e = exponential_beside_one<W, S>(-between<W, S>(-kSaturated<S>, z, kSaturated<S>));
     of_z = inverse<W, S>(1 + e);
     of_minus_z = e * of_z;
 }
@@ -52,4 +58,13 @@ INLINE void sigmoids(Vec<S, W> z, Vec<S, W>& of_z, Vec<S, W>& of_minus_z) {
     open_sigmoids<W, S>(z, of_z, of_minus_z);
     of_minus_z = z > most ? zero : of_minus_z;
     of_z = z < -most ? zero : of_z;
+}
+
+// x sigmoid(x). SHORT: x had 16 bits.
+template <int W, class S, bool SHORT = false>
+INLINE Vec<S, W> silu(Vec<S, W> x) {
+    // beyond this exp is 0 and infinity, and x is divided by either
+    constexpr S most = sizeof(S) == 8 ? 746 : 104;
+    if constexpr (SHORT) return x / (1 + exponential_of_short<W>(-x));
+    else return x / (1 + exponential_beside_one<W, S>(-between<W, S>(-most, x, most)));
 }

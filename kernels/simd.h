@@ -31,12 +31,90 @@ struct Half {
     uint16_t bits;
 };
 
-template <class S, int W>
+// Several vectors that are computed with side by side.
+template <class V, int K>
+struct Group {
+    V v[K];
+};
+
+// Vectors wider than the processor's are groups of those.
+template <class S, int W, bool FITS = (W * sizeof(S) <= kVectorBytes)>
 struct VecOf {
     typedef S type __attribute__((vector_size(W * sizeof(S))));
 };
 template <class S, int W>
+struct VecOf<S, W, false> {
+    static constexpr int lanes = kVectorBytes / sizeof(S);
+    using type = Group<typename VecOf<S, lanes>::type, W / lanes>;
+};
+template <class S, int W>
 using Vec = typename VecOf<S, W>::type;
+
+// The lanes of one of the vectors that make up W lanes.
+template <class S, int W>
+constexpr int kPartLanes = W * sizeof(S) <= kVectorBytes ? W : kVectorBytes / sizeof(S);
+template <class S, int W>
+constexpr bool kGrouped = kPartLanes<S, W> < W;
+
+// The group of f(0), f(1), ...
+template <class V, int K, class F>
+INLINE Group<V, K> group_of(const F& f) {
+    return [&]<int... I>(std::integer_sequence<int, I...>) INLINE_BODY {
+        return Group<V, K>{{f(I)...}};
+    }(std::make_integer_sequence<int, K>());
+}
+
+// f<P>(k) for each vector k of P lanes that make up W lanes.
+template <int W, class S, class F>
+INLINE Vec<S, W> for_parts(const F& f) {
+    constexpr int P = kPartLanes<S, W>;
+    return group_of<Vec<S, P>, W / P>([&](int k) INLINE_BODY { return f.template operator()<P>(k); });
+}
+
+template <class V>
+using Lane = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
+
+// The number of lanes of a vector.
+template <class V>
+constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);
+template <class V, int K>
+constexpr int lanes<Group<V, K>> = K * lanes<V>;
+
+#define OPERATOR_OF_GROUPS(OP)                                                       \
+    template <class V, int K>                                                        \
+    INLINE Group<V, K> operator OP(const Group<V, K>& a, const Group<V, K>& b) {     \
+        return group_of<V, K>([&](int k) INLINE_BODY { return a.v[k] OP b.v[k]; });  \
+    }                                                                                \
+    template <class V, int K>                                                        \
+    INLINE Group<V, K> operator OP(const Group<V, K>& a, Lane<V> b) {                \
+        return group_of<V, K>([&](int k) INLINE_BODY { return a.v[k] OP b; });       \
+    }                                                                                \
+    template <class V, int K>                                                        \
+    INLINE Group<V, K> operator OP(Lane<V> a, const Group<V, K>& b) {                \
+        return group_of<V, K>([&](int k) INLINE_BODY { return a OP b.v[k]; });       \
+    }
+OPERATOR_OF_GROUPS(+)
+OPERATOR_OF_GROUPS(-)
+OPERATOR_OF_GROUPS(*)
+OPERATOR_OF_GROUPS(/)
+#undef OPERATOR_OF_GROUPS
+
+template <class V, int K>
+INLINE Group<V, K> operator-(const Group<V, K>& a) {
+    return group_of<V, K>([&](int k) INLINE_BODY { return -a.v[k]; });
+}
+template <class V, int K, class B>
+INLINE void operator+=(Group<V, K>& a, const B& b) {
+    a = a + b;
+}
+template <class V, int K, class B>
+INLINE void operator-=(Group<V, K>& a, const B& b) {
+    a = a - b;
+}
+template <class V, int K, class B>
+INLINE void operator*=(Group<V, K>& a, const B& b) {
+    a = a * b;
+}
 
 // The format in which values of T are added and kept as state.
 template <class T>
@@ -139,7 +217,10 @@ INLINE Vec<uint16_t, W> to_half(Vec<float, W> v) {
 
 template <int W, class T>
 INLINE Vec<StateOf<T>, W> load(const T* p) {
-    if constexpr (std::is_same_v<T, BFloat16>) return from_bfloat16<W>(load_raw<Vec<uint16_t, W>>(p));
+    using S = StateOf<T>;
+    if constexpr (kGrouped<S, W>)
+        return for_parts<W, S>([&]<int P>(int k) INLINE_BODY { return load<P>(p + k * P); });
+    else if constexpr (std::is_same_v<T, BFloat16>) return from_bfloat16<W>(load_raw<Vec<uint16_t, W>>(p));
     else if constexpr (std::is_same_v<T, Half>) return from_half<W>(load_raw<Vec<uint16_t, W>>(p));
     else return load_raw<Vec<T, W>>(p);
 }
@@ -151,6 +232,51 @@ INLINE void store(T* p, V v) {
     if constexpr (std::is_same_v<T, BFloat16>) write(to_bfloat16<W>(v));
     else if constexpr (std::is_same_v<T, Half>) write(to_half<W>(v));
     else write(v);
+}
+
+template <class T, class V, int K>
+INLINE void store(T* p, const Group<V, K>& v) {
+    for (int k = 0; k < K; ++k) store(p + k * lanes<V>, v.v[k]);
+}
+
+// A group of lanes 0, 2, 4, ... and lanes 1, 3, 5, ... of what lies in memory, and back: many bfloat16 are read and
+// written with fewer instructions that way.
+template <class V>
+INLINE Group<V, 2> apart(const Group<V, 2>& v) {
+    return [&]<int... I>(std::integer_sequence<int, I...>) INLINE_BODY {
+        return Group<V, 2>{{__builtin_shufflevector(v.v[0], v.v[1], 2 * I...),
+                            __builtin_shufflevector(v.v[0], v.v[1], 2 * I + 1 ...)}};
+    }(std::make_integer_sequence<int, lanes<V>>());
+}
+template <class V>
+INLINE Group<V, 2> together(const Group<V, 2>& v) {
+    constexpr int W = lanes<V>;
+    return [&]<int... I>(std::integer_sequence<int, I...>) INLINE_BODY {
+        return Group<V, 2>{{__builtin_shufflevector(v.v[0], v.v[1], I / 2 + (I & 1) * W...),
+                            __builtin_shufflevector(v.v[0], v.v[1], W / 2 + I / 2 + (I & 1) * W...)}};
+    }(std::make_integer_sequence<int, W>());
+}
+
+template <int W>
+INLINE Group<Vec<float, W / 2>, 2> load_apart(const BFloat16* p) {
+    using V = Vec<float, W / 2>;
+    auto both = load_raw<Vec<uint32_t, W / 2>>(p);
+    return {{bits_as<V>(both << 16), bits_as<V>(both & 0xffff0000)}};
+}
+
+// Denormals may become zeros.
+template <class V>
+INLINE void store_apart(BFloat16* p, const Group<V, 2>& v) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    if constexpr (sizeof(V) == 64) {
+        __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.v[1], (__m512)v.v[0]);
+        static constexpr uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        _mm512_storeu_si512(p, _mm512_permutexvar_epi16(load_raw<__m512i>(order), halves));
+        return;
+    }
+#endif
+    store(p, together(v));
 }
 
 // Copies without reading the lines that it overwrites, and without keeping them in the cache.
@@ -180,10 +306,6 @@ INLINE void finish_stores() {
     _mm_sfence();
 #endif
 }
-
-// The number of lanes of a vector.
-template <class V>
-constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);
 
 // Lane i of the result is lane PICK(i) of v.
 template <int (*PICK)(int), class V, int... I>

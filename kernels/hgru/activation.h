@@ -20,17 +20,24 @@ INLINE Vec<S, W> hyperbolic_tangent(Vec<S, W> x, Vec<S, W>& derivative) {
     return x < 0 ? -t : t;
 }
 
-template <Kind KIND, int W, class S>
-INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x, Vec<S, W>& derivative) {
+// x sigmoid(x) and its derivative. SHORT: x had 16 bits.
+template <int W, class S, bool SHORT>
+INLINE Vec<S, W> silu_with_slope(Vec<S, W> x, Vec<S, W>& derivative) {
+    Vec<S, W> p, q;
+    // x p and x q go to 0 although p and q do not
+    x = at_least<W, S>(x, -kSaturated<S>);
+    open_sigmoids<W, S, SHORT>(x, p, q);
+    derivative = p * (1 + at_most<W, S>(x, kSaturated<S>) * q);
+    return x * p;
+}
+
+template <int W, class S, bool SHORT>
+INLINE Vec<S, W> known_later(int64_t kind, Vec<S, W> x, Vec<S, W>& derivative) {
     constexpr Vec<S, W> zero = {};
     Vec<S, W> p, q;
-    switch (KIND == KNOWN_LATER ? kind : KIND) {
+    switch (kind) {
         case SILU:
-            // x p and x q go to 0 although p and q do not
-            x = at_least<W, S>(x, -kSaturated<S>);
-            open_sigmoids<W, S>(x, p, q);
-            derivative = p * (1 + at_most<W, S>(x, kSaturated<S>) * q);
-            return x * p;
+            return silu_with_slope<W, S, SHORT>(x, derivative);
         case TANH:
             return hyperbolic_tangent<W, S>(x, derivative);
         case SIGMOID:
@@ -45,4 +52,20 @@ INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x, Vec<S, W>& derivative) {
             derivative = zero + 1;
             return x;
     }
+}
+
+template <Kind KIND, int W, class S, bool SHORT>
+INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x, Vec<S, W>& derivative) {
+    if constexpr (KIND == SILU) return silu_with_slope<W, S, SHORT>(x, derivative);
+    else if constexpr (kGrouped<S, W>)
+        return for_parts<W, S>(
+            [&]<int P>(int k) INLINE_BODY { return known_later<P, S, SHORT>(kind, x.v[k], derivative.v[k]); });
+    else return known_later<W, S, SHORT>(kind, x, derivative);
+}
+
+template <Kind KIND, int W, class S, bool SHORT>
+INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x) {
+    Vec<S, W> unused;
+    if constexpr (KIND == SILU) return silu<W, S, SHORT>(x);
+    else return activated<KIND, W, S, SHORT>(kind, x, unused);
 }

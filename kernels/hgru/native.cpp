@@ -38,13 +38,50 @@ struct Channels {
     Vec<S, W> re, im;
 };
 
+// Whether the lanes of a group hold its channels apart: even ones, then odd ones.
+template <class T, bool PAIRS, int W>
+constexpr bool kApart = std::is_same_v<T, BFloat16> && !PAIRS && kPartLanes<float, W> * 2 == W;
+
+// Where the rows of the sequences are T: lanes in the order of channels as a tile has them, and back.
+template <class T, bool PAIRS, class V>
+INLINE V ordered(const V& v) {
+    if constexpr (kApart<T, PAIRS, lanes<V>>) return apart(v);
+    else return v;
+}
+template <class T, bool PAIRS, class V>
+INLINE V unordered(const V& v) {
+    if constexpr (kApart<T, PAIRS, lanes<V>>) return together(v);
+    else return v;
+}
+
+// One number for each channel, of a tile's or of any sequence's row.
+template <bool PAIRS, int W, class T>
+INLINE Vec<StateOf<T>, W> read_numbers(const T* row) {
+    if constexpr (kApart<T, PAIRS, W>) return load_apart<W>(row);
+    else return load<W>(row);
+}
+template <bool PAIRS, class T, class V>
+INLINE void write_numbers(T* row, const V& v) {
+    if constexpr (kApart<T, PAIRS, lanes<V>>) store_apart(row, v);
+    else store(row, v);
+}
+
 constexpr int even_lane(int i) { return 2 * i; }
 constexpr int odd_lane(int i) { return 2 * i + 1; }
 
 template <bool PAIRS, int W, class T>
 INLINE Channels<StateOf<T>, PAIRS, W> read(const T* row, int64_t c) {
     using S = StateOf<T>;
-    if constexpr (!PAIRS) return {load<W>(row + c), Vec<S, W>{}};
+    constexpr int P = kPartLanes<S, W>;
+    if constexpr (!PAIRS) return {read_numbers<PAIRS, W>(row + c), Vec<S, W>{}};
+    else if constexpr (P < W) {
+        Channels<S, PAIRS, W> all;
+        for (int k = 0; k < W / P; ++k) {
+            auto some = read<PAIRS, P>(row, c + k * P);
+            all.re.v[k] = some.re, all.im.v[k] = some.im;
+        }
+        return all;
+    }
     else if constexpr (W == 1) return {load<1>(row + 2 * c), load<1>(row + 2 * c + 1)};
     else if constexpr (std::is_same_v<T, BFloat16>) {
         // a pair is the high half of two floats
@@ -61,7 +98,10 @@ INLINE Channels<StateOf<T>, PAIRS, W> read(const T* row, int64_t c) {
 
 template <bool PAIRS, int W, class T, class S>
 INLINE void write(T* row, int64_t c, const Channels<S, PAIRS, W>& v) {
-    if constexpr (!PAIRS) store(row + c, v.re);
+    constexpr int P = kPartLanes<S, W>;
+    if constexpr (!PAIRS) write_numbers<PAIRS>(row + c, v.re);
+    else if constexpr (P < W)
+        for (int k = 0; k < W / P; ++k) write<PAIRS, P>(row, c + k * P, Channels<S, PAIRS, P>{v.re.v[k], v.im.v[k]});
     else if constexpr (W == 1) store(row + 2 * c, v.re), store(row + 2 * c + 1, v.im);
     else {
         [&]<int... I>(std::integer_sequence<int, I...>) INLINE_BODY {
@@ -71,9 +111,10 @@ INLINE void write(T* row, int64_t c, const Channels<S, PAIRS, W>& v) {
     }
 }
 
-// The state of a tile's channels, one slot for each of its vectors.
-template <class S, bool PAIRS>
+// The state of a tile's channels, one slot for each of its vectors, whose lanes are ordered like those of rows of T.
+template <class T, bool PAIRS>
 struct State {
+    using S = StateOf<T>;
     Slots<S> re;
     Slots<S> im;
 
@@ -91,17 +132,26 @@ struct State {
     template <int W>
     OUTLINE void enter(const S* row, int64_t n) {
         if (row == nullptr) row = reinterpret_cast<const S*>(zeros);
-        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) { set<W>(slot, read<PAIRS, W>(row, c)); });
+        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) {
+            auto v = read<PAIRS, W>(row, c);
+            v.re = ordered<T, PAIRS>(v.re);
+            set<W>(slot, v);
+        });
     }
     template <int W>
     OUTLINE void leave(S* row, int64_t n) const {
-        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) { write<PAIRS, W>(row, c, get<W>(slot)); });
+        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) {
+            auto v = get<W>(slot);
+            v.re = unordered<T, PAIRS>(v.re);
+            write<PAIRS, W>(row, c, v);
+        });
     }
 };
 
 // A sum over rows for each channel: of runs of rows first, so that little is lost where there are many.
-template <class S>
+template <class T, bool PAIRS>
 struct Sum {
+    using S = StateOf<T>;
     static constexpr int64_t kRun = 128;
     Slots<S> run, total;
     bool needed;
@@ -121,6 +171,13 @@ struct Sum {
             store(total.at + slot, load<W>(total.at + slot) + load<W>(run.at + slot));
         });
         run.template read<W>(nullptr, n);
+    }
+    template <int W>
+    OUTLINE void leave(S* row, int64_t n) const {
+        if (!needed) return;
+        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) {
+            store(row + c, unordered<T, PAIRS>(load<W>(total.at + slot)));
+        });
     }
 };
 
@@ -143,20 +200,27 @@ Tile numbers(Tile t) {
     return t;
 }
 
-// What is the same in every row of a tile: the bound, what it leaves to the gate, and the rotation.
-template <class S>
+// What is the same in every row of a tile: the bound and what it leaves to the gate, by slots, and the rotation.
+template <class T, bool PAIRS, int W>
 struct Constants {
-    const S *lower, *cos, *sin;
-    alignas(kCacheLine) S upper[kStateBytes / sizeof(S)];
+    using S = StateOf<T>;
+    Slots<S> lower, upper;
+    const S *cos, *sin;
 
-    OUTLINE Constants(const Given& g, const Tile& t)
-        : lower(of_channels<S>(g.lower_bound, t)), cos(of_channels<S>(g.cos, t)), sin(of_channels<S>(g.sin, t)) {
-        for (int64_t c = 0; c < t.columns; ++c) upper[c] = 1 - lower[c];
+    OUTLINE Constants(const Given& g, const Tile& t) : cos(of_channels<S>(g.cos, t)), sin(of_channels<S>(g.sin, t)) {
+        const S* bound = of_channels<S>(g.lower_bound, t);
+        for_vectors<W>(t.columns, false, [&](int64_t c, int64_t slot) {
+            auto v = ordered<T, PAIRS>(load<W>(bound + c));
+            store(lower.at + slot, v), store(upper.at + slot, 1 - v);
+        });
     }
 };
 
 template <bool PAIRS>
 constexpr int64_t parts = PAIRS ? 2 : 1;
+
+template <class T>
+constexpr bool kShort = sizeof(T) == 2;
 
 template <bool PAIRS>
 Strides packed(Strides s) {
@@ -166,8 +230,7 @@ Strides packed(Strides s) {
 // Fetches what is read or written next to a vector's W channels, some rows ahead.
 template <bool PAIRS, int W, class R>
 INLINE void prefetch(const R& rows, int64_t c) {
-    rows.prefetch(c * parts<PAIRS>);
-    if constexpr (PAIRS) rows.prefetch(2 * c + W);
+    for (int64_t n = 0; n < W * parts<PAIRS>; n += R::kLine) rows.prefetch(c * parts<PAIRS> + n);
 }
 
 template <class T, bool PAIRS, Kind KIND, int W>
@@ -180,20 +243,20 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
     const Tile wide = numbers<PAIRS>(t);
     Rows<T> i(g.i, g.i_strides, wide, backwards), f(g.f, g.f_strides, t, backwards);
     Output<T> h(p.h, packed<PAIRS>(tiling.contiguous()), wide, backwards, tiling.around_cache());
-    const Constants<S> constant(g, t);
-    State<S, PAIRS> state;
+    const Constants<T, PAIRS, W> constant(g, t);
+    State<T, PAIRS> state;
     state.template enter<W>(part<S>(g.initial_state, parts<PAIRS>, t, g.sequences), n);
     for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(wide.columns)) {
         for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
-            f.prefetch(c), prefetch<PAIRS, W>(i, c), prefetch<PAIRS, W>(h, c);
-            V gate, rest, unused, upper = load<W>(constant.upper + c);
-            open_sigmoids<W, S>(load<W>(f.row + c), gate, rest);
-            V decay = upper * gate + load<W>(constant.lower + c), share = upper * rest;
+            prefetch<false, W>(f, c), prefetch<PAIRS, W>(i, c), prefetch<PAIRS, W>(h, c);
+            V gate, rest, upper = load<W>(constant.upper.at + slot);
+            open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(f.row + c), gate, rest);
+            V decay = upper * gate + load<W>(constant.lower.at + slot), share = upper * rest;
             auto x = read<PAIRS, W>(i.row, c);
             auto s = state.template get<W>(slot);
-            x.re = share * activated<KIND, W, S>(kind, x.re, unused);
+            x.re = share * activated<KIND, W, S, kShort<T>>(kind, x.re);
             if constexpr (PAIRS) {
-                x.im = share * activated<KIND, W, S>(kind, x.im, unused);
+                x.im = share * activated<KIND, W, S, kShort<T>>(kind, x.im);
                 V re = decay * load<W>(constant.cos + c), im = decay * load<W>(constant.sin + c);
                 x.re = re * s.re + (x.re - im * s.im);
                 x.im = re * s.im + (x.im + im * s.re);
@@ -208,7 +271,7 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
 }
 
 // A walk against time: its rows, what is carried from one to the one before it, and what is added up.
-template <class T, bool PAIRS>
+template <class T, bool PAIRS, int W>
 struct Gradient {
     using S = StateOf<T>;
     const bool backwards;
@@ -216,10 +279,10 @@ struct Gradient {
     const Tile wide;
     Rows<T> i, f, dh, before;
     Output<T> di, df;
-    const Constants<S> constant;
+    const Constants<T, PAIRS, W> constant;
     // conj(decay[t+1]) dh[t+1], where dh is the whole gradient of a row
-    State<S, PAIRS> carry;
-    Sum<S> dlower_bound, dtheta;
+    State<T, PAIRS> carry;
+    Sum<T, PAIRS> dlower_bound, dtheta;
 
     Gradient(const Backward& p, const Tiling<S>& tiling, const Tile& t, bool around)
         : backwards(!p.given.sequences.reverse), kind(p.given.kind), wide(numbers<PAIRS>(t)),
@@ -231,21 +294,22 @@ struct Gradient {
 
 // One row, with h[t-1] in its own format or in that of states.
 template <Kind KIND, int W, class T, bool PAIRS, class H>
-OUTLINE void backward_row(Gradient<T, PAIRS>& g, int64_t n, const H* h_before) {
+OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const H* h_before) {
     using S = StateOf<T>;
     using V = Vec<S, W>;
     for_vectors<W>(n, g.backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
-        g.f.prefetch(c), g.df.prefetch(c), prefetch<PAIRS, W>(g.i, c), prefetch<PAIRS, W>(g.dh, c);
-        prefetch<PAIRS, W>(g.before, c), prefetch<PAIRS, W>(g.di, c);
-        V gate, rest, slope_re, slope_im, upper = load<W>(g.constant.upper + c);
-        open_sigmoids<W, S>(load<W>(g.f.row + c), gate, rest);
-        V decay = upper * gate + load<W>(g.constant.lower + c), share = upper * rest, ddecay;
+        prefetch<false, W>(g.f, c), prefetch<false, W>(g.df, c), prefetch<PAIRS, W>(g.i, c);
+        prefetch<PAIRS, W>(g.dh, c), prefetch<PAIRS, W>(g.before, c), prefetch<PAIRS, W>(g.di, c);
+        V gate, rest, slope_re, slope_im, upper = load<W>(g.constant.upper.at + slot);
+        open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(g.f.row + c), gate, rest);
+        V decay = upper * gate + load<W>(g.constant.lower.at + slot), share = upper * rest, ddecay;
         auto x = read<PAIRS, W>(g.i.row, c), d = read<PAIRS, W>(g.dh.row, c), h = read<PAIRS, W>(h_before, c);
+        if constexpr (!std::is_same_v<H, T>) h.re = ordered<T, PAIRS>(h.re);
         auto later = g.carry.template get<W>(slot);
-        x.re = activated<KIND, W, S>(g.kind, x.re, slope_re);
+        x.re = activated<KIND, W, S, kShort<T>>(g.kind, x.re, slope_re);
         d.re += later.re;
         if constexpr (PAIRS) {
-            x.im = activated<KIND, W, S>(g.kind, x.im, slope_im);
+            x.im = activated<KIND, W, S, kShort<T>>(g.kind, x.im, slope_im);
             d.im += later.im;
             V cos = load<W>(g.constant.cos + c), sin = load<W>(g.constant.sin + c);
             // e^{i theta} h[t-1] and e^{-i theta} dh; one product a statement leaves no choice in what is fused
@@ -273,7 +337,7 @@ OUTLINE void backward_row(Gradient<T, PAIRS>& g, int64_t n, const H* h_before) {
         x.re = share * slope_re * d.re;
         g.carry.template set<W>(slot, later);
         write<PAIRS, W>(g.di.row, c, x);
-        store(g.df.row + c, ddecay * (share * gate));
+        write_numbers<PAIRS>(g.df.row + c, ddecay * (share * gate));
         if (g.dlower_bound.needed) g.dlower_bound.add(slot, ddecay * rest);
     });
     g.di.next(g.wide.columns);
@@ -286,22 +350,22 @@ void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Ti
     using S = StateOf<T>;
     const Sequences& s = p.given.sequences;
     const int64_t n = t.columns;
-    Gradient<T, PAIRS> g(p, tiling, t, tiling.around_cache());
+    Gradient<T, PAIRS, W> g(p, tiling, t, tiling.around_cache());
     g.carry.template enter<W>(part<S>(p.dfinal_state, parts<PAIRS>, t, s), n);
     g.dlower_bound.template start<W>(p.dlower_bound, n);
     g.dtheta.template start<W>(PAIRS ? p.dtheta : nullptr, n);
     for (int64_t r = 1; r < t.rows; ++r) {
         g.before.next();
         backward_row<KIND, W>(g, n, g.before.row);
-        if (r % Sum<S>::kRun == 0) g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
+        if (r % Sum<T, PAIRS>::kRun == 0) g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
     }
     const S* initial_state = part<S>(p.given.initial_state, parts<PAIRS>, t, s);
     if (initial_state == nullptr) initial_state = reinterpret_cast<const S*>(zeros);
     if (t.rows > 0) backward_row<KNOWN_LATER, W>(g, n, initial_state);
     g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
     if (p.dinitial_state) g.carry.template leave<W>(part<S>(p.dinitial_state, parts<PAIRS>, t, s), n);
-    if (g.dlower_bound.needed) g.dlower_bound.total.template write<W>(part<S>(p.lower_bound_partials, 1, t, s), n);
-    if (g.dtheta.needed) g.dtheta.total.template write<W>(part<S>(p.theta_partials, 1, t, s), n);
+    g.dlower_bound.template leave<W>(part<S>(p.lower_bound_partials, 1, t, s), n);
+    g.dtheta.template leave<W>(part<S>(p.theta_partials, 1, t, s), n);
 }
 
 // sums[c] = the sum of partials[n][c] over n, of runs first.
@@ -327,23 +391,24 @@ template <class Problem, class T, bool PAIRS>
 void run(const Problem& p) {
     using S = StateOf<T>;
     const Given& g = p.given;
-    constexpr int64_t full = kVectorBytes / sizeof(S), fit = kStateBytes / sizeof(S) / parts<PAIRS>;
+    constexpr int full = kVectorBytes / sizeof(S), twice = sizeof(S) == 4 ? 2 * full : full;
+    constexpr int64_t fit = kStateBytes / sizeof(S) / parts<PAIRS>;
     Sequences sequences = g.sequences;
     // rows of pairs must fit where rows of numbers do
-    sequences.block = std::min(sequences.block / parts<PAIRS>, fit - full);
+    sequences.block = std::min(sequences.block / parts<PAIRS>, fit - twice);
     Tiling<S> tiling(sequences);
-    // Fewer columns than fill a vector go to the block before them: vectors of another width would round differently.
-    if (tiling.blocks > 1 && sequences.columns - (tiling.blocks - 1) * tiling.width < full) --tiling.blocks;
+    // Fewer columns than fill a group go to the block before them: vectors of another width would round differently.
+    if (tiling.blocks > 1 && sequences.columns - (tiling.blocks - 1) * tiling.width < twice) --tiling.blocks;
     parallel_for(tiling.tiles(), sequences.threads, [&](int64_t number) {
         Tile t = tiling[number];
-        if (sequences.columns - t.column - t.columns < full) t.columns = sequences.columns - t.column;
+        if (sequences.columns - t.column - t.columns < twice) t.columns = sequences.columns - t.column;
         auto tile = [&]<Kind KIND, int W>() {
             if constexpr (std::is_same_v<Problem, Forward>) forward_tile<T, PAIRS, KIND, W>(p, tiling, t);
             else backward_tile<T, PAIRS, KIND, W>(p, tiling, t);
         };
         if (t.columns < full) tile.template operator()<KNOWN_LATER, 1>();
-        else if (g.kind != SILU) tile.template operator()<KNOWN_LATER, full>();
-        else tile.template operator()<SILU, full>();
+        else if (twice == full || t.columns < twice || g.kind != SILU) tile.template operator()<KNOWN_LATER, full>();
+        else if constexpr (twice > full) tile.template operator()<SILU, twice>();
         finish_stores();
     });
     if constexpr (std::is_same_v<Problem, Backward>) {
