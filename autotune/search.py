@@ -119,7 +119,7 @@ def search(
         kind = device.type if device else "cpu"
         new = Record.made_here(key, candidate.backend, candidate.config, status, kind, source=source, **facts)
         made.append(new)
-        _append(store, new)
+        append(store, new)
 
     def tell(done: int, what: str) -> None:
         if progress:
@@ -223,7 +223,8 @@ def _save_timing(save: Callable[..., None], candidate: Candidate, timing: Timing
         save(candidate, "ok", median_s=timing.median, spread_s=timing.spread, rounds=timing.rounds)
 
 
-def _append(store: Store, new: Record) -> None:
+def append(store: Store, new: Record) -> None:
+    """Saves a record; where the store cannot be written, it counts for this process, with a warning."""
     try:
         store.append(new)
     # NotImplementedError: a file system without locks.

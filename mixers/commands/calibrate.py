@@ -31,6 +31,7 @@ BENCHMARKS = Path("benchmarks")
 
 
 def calibrate(
+    context: typer.Context,
     minutes: Annotated[float, typer.Option(min=0.01, help="For tuning and the sweep together.")] = 30.0,
     device: Device = None,
     dim: Dim = 512,
@@ -57,6 +58,7 @@ def calibrate(
     written into the package, and the pages of both into the folder.
     """
     if target:
+        common.only(context, "--target", "target", "out")
         _dry_run(target, out)
         return
     console, where = common.console(), common.device_of(device)

@@ -87,6 +87,15 @@ def fail(message: object, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
+def only(context: typer.Context, what: str, *names: str) -> None:
+    """Fails if an option was given that is none of these parameters: `what` does nothing with it."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        # by its name: typer may bring a click of its own
+        if source is not None and source.name == "COMMANDLINE" and parameter.name not in names:
+            fail(f"{'/'.join((*parameter.opts, *parameter.secondary_opts))} does nothing with {what}", 2)
+
+
 @contextlib.contextmanager
 def mistakes() -> Iterator[None]:
     """Around what a user's arguments reach: what the library says of them, without a traceback."""

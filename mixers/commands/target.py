@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +80,16 @@ def records(console: Console, where: Card, met: Sequence[Problem], processes: in
 
 
 def memory() -> Path:
-    """Where what was compiled for GPUs is kept."""
-    return autotune.cache_folder() / "compiled"
+    """Where what was compiled for GPUs is kept; where the cache folder cannot be written, for this process only."""
+    folder = autotune.cache_folder() / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else Path(_for_now().name)
+
+
+@functools.cache
+def _for_now() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="sequence-mixers-")
 
 
 def cores() -> int:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import autotune
-from autotune.lookup import SHIPPED
+from autotune.search import append
 from kernels.catalogue import OPS
 from kernels.explain import Explanation
 from kernels.explain import explain as explained
@@ -23,6 +23,7 @@ from mixers.commands.common import Backward, Batch, Device, Dim, Dtype, DtypeOpt
 
 
 def tune(
+    context: typer.Context,
     name: Annotated[
         str | None, typer.Argument(help="A mixer's name, as `mixers list` prints it.", show_default=False)
     ] = None,
@@ -47,7 +48,7 @@ def tune(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder of the tables, with --target; by default the package's.", show_default=False),
+        typer.Option(help="With --target and no mixer: the folder of the tables that are written.", show_default=False),
     ] = None,
 ) -> None:
     """Tunes the kernels of a mixer on this machine: checks every candidate, times the right ones, keeps the records.
@@ -56,11 +57,25 @@ def tune(
 
     With --target, every kernel is compiled for a GPU that is not here. What spills registers or does not fit is left
     out, the rest is put in order by a rule (docs/autotune.md), and the first is used on such a GPU until something is
-    measured there: for the mixer that is named, in the user's table; for all of them, in the shipped one.
+    measured there: for the mixer that is named, in the user's table; for what is shipped, in a folder (--out).
     """
-    if target is not None:
-        _predict(target, name, dim, length, batch, dtype, common.options_of(option), out or SHIPPED)
+    if target is not None and name is not None:
+        common.only(context, "--target and a mixer", "target", "name", "dim", "length", "batch", "dtype", "option")
+        _predict(target, name, dim, length, batch, dtype, common.options_of(option))
         return
+    if target is not None:
+        common.only(context, "--target and no mixer", "target", "out")
+        if out is None:
+            common.fail(
+                "--target needs a mixer's name, or with --out a folder for the tables of all that is shipped", 2
+            )
+        console, card = common.console(), targets.target_card(target)
+        targets.write_table(
+            console, card, targets.records(console, card, targets.problems(console), targets.cores()), out
+        )
+        return
+    if out is not None:
+        common.fail("--out does nothing without --target", 2)
     if name is None:
         common.fail("which mixer? `mixers list` prints their names; only with --target none is needed", 2)
     console, where = common.console(), common.device_of(device)
@@ -95,26 +110,22 @@ def tune(
 
 def _predict(
     target: str,
-    name: str | None,
+    name: str,
     dim: int,
     lengths: list[int],
     batch: int,
     dtype: Dtype,
     options: dict[str, Any],
-    out: Path,
 ) -> None:
-    console, where = common.console(), targets.target_card(target)
-    if name is None:
-        met = targets.problems(console)
-        targets.write_table(console, where, targets.records(console, where, met, targets.cores()), out)
-        return
+    console, card = common.console(), targets.target_card(target)
     with mistakes():
         met = targets.problems(console, [name], [dim], [batch], lengths, [dtype.torch], options)
     if not met:
         console.print(f"{name} has no op that compiles for GPUs")
-    store = autotune.user_store(where.fingerprint)
-    for record in targets.records(console, where, met, 1):
-        store.append(record)
+        return
+    store = autotune.user_store(card.fingerprint)
+    for record in targets.records(console, card, met, 1):
+        append(store, record)
         key = record.key
         what = f"{key.op} {key.direction} T={key.length} {key.dtype}"
         console.print(Text(f"{what}: {record.backend} {common.config(record.config)}", "bold"))
