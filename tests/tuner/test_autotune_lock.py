@@ -10,7 +10,11 @@ import pytest
 import torch
 
 import autotune
+import mixers
+from autotune.check import same_bits
+from kernels.catalogue import OPS
 from kernels.explain import explain
+from kernels.op import recording
 from kernels.scan import OP, naive, scan
 
 A, X = torch.rand(2, 9, 5), torch.rand(2, 9, 5)
@@ -48,6 +52,31 @@ def test_inside_the_block_the_lock_decides_and_after_it_no_longer(path: Path) ->
         # bit for bit what the loop gives
         assert torch.equal(scan(A, X)[0], naive.forward(A, X, None, None, reverse=False)[0])
     assert backend() == before
+
+
+def test_the_same_lock_gives_the_same_bits_whatever_was_measured_since(tmp_path: Path) -> None:
+    mixer, x = mixers.build("hgrn", 8), torch.randn(2, 40, 8)
+    with recording() as met:
+        mixer(x)[0].sum().backward()
+    plans = {OPS[problem.op].key(problem): ("naive", {}) for problem in met}
+    autotune.Lock(tmp_path / "tuned.json", plans).write()
+
+    def bits() -> list[torch.Tensor]:
+        y, _ = mixer(x)
+        return [y, *torch.autograd.grad(y.sum(), list(mixer.parameters()), allow_unused=True)]
+
+    with autotune.use(tmp_path / "tuned.json"):
+        before = bits()
+    with autotune.using(tmp_path / "table.jsonl") as store:
+        for problem, plan in met.items():
+            op, times = OPS[problem.op], {"median_s": 1e-9, "spread_s": 0.0}
+            made = autotune.Record(op.key(problem), plan.backend.name, plan.config, "ok", **times, source=op.source)
+            store.append(made)
+        unlocked = bits()
+        with autotune.use(tmp_path / "tuned.json"):
+            after = bits()
+    assert same_bits(after, before)
+    assert not same_bits(unlocked, before)
 
 
 def test_as_a_function_it_lasts_until_it_is_ended(path: Path) -> None:

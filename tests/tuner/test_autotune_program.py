@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import autotune
 import mixers
+from autotune import measure
 from autotune.program import resized
 from kernels import pool
 
@@ -35,6 +37,34 @@ def test_warmup_tunes_what_the_program_meets_and_leaves_nothing_behind(store: au
     again = autotune.warmup(mixer, x, lengths=[40, 1], seconds=4)
     done = {record.candidate for records in made.values() for record in records}
     assert not any(record.candidate in done for records in again.values() for record in records)
+
+
+def test_warmup_that_is_interrupted_goes_on_where_it_was(
+    store: autotune.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer, x = mixers.build("mingru", 4), torch.randn(1, 5, 4)
+    rounds = measure.Interleaved.rounds
+
+    def second_is_interrupted(*args: Any) -> None:
+        rounds(*args)
+        if store.read():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.Interleaved, "rounds", second_is_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        autotune.warmup(mixer, x, seconds=4)
+    # what the first search timed, and what the second had timed when it ended
+    saved = store.read()
+    assert {record.key.direction for record in saved} == {"forward", "backward"}
+    assert {record.status for record in saved} == {"ok"}
+    assert pool.idle_bytes() == 0
+    monkeypatch.undo()
+    autotune.warmup(mixer, x, seconds=4)
+    again = [(r.key, r.candidate) for r in store.read()[len(saved) :]]
+    before = {(r.key, r.candidate) for r in saved}
+    # the fastest known one is timed beside those that are new
+    for key in {r.key for r in saved}:
+        assert sum(k == key and (k, c) in before for k, c in again) <= 1
 
 
 def test_warmup_starts_with_the_most_expensive_and_says_how_far_it_is() -> None:
