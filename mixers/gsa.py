@@ -91,6 +91,11 @@ class GSA(SequenceMixer):
         self, q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, K: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """K_t q_t [B, T, H, M], and the last K [N, H, M, dim / H]."""
+        if cu_seqlens is None and q.shape[1] == 1:
+            # a token alone: nothing is repeated
+            K = log_decay[:, 0].exp().unsqueeze(-1) * K
+            K = K + written[:, 0].to(K.dtype).unsqueeze(-1) * k.transpose(1, 2)
+            return (K * q.transpose(1, 2)).sum(-1).to(q.dtype).unsqueeze(1), K
         q, k = (t[:, :, :, None].expand(-1, -1, -1, self.slots, -1).flatten(2, 3) for t in (q, k))
         y, after = gla(
             q, k, written.flatten(2)[..., None], log_decay.flatten(2), K.flatten(1, 2)[..., None],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -92,12 +93,7 @@ class MLSTM(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         i, f = self._gates(x)
-        log_f = F.logsigmoid(f)
-        keep = kept(i, log_f, state["m"], cu_seqlens)
-        m, last = scan(keep.to(i.dtype), torch.where(keep, log_f, i), state["m"], cu_seqlens=cu_seqlens)
-        before, _ = previous(m, state["m"][:, None], cu_seqlens)
-        # where the maximum is kept, the decay is 1: the two forms agree but for rounding
-        log_decay = torch.where(keep, 0.0, log_f + before - m).clamp_max(0.0)
+        m, log_decay, last = maxima(i, F.logsigmoid(f), state["m"], cu_seqlens)
         k = ((i - m).exp().unsqueeze(-1) * k.to(m.dtype)).to(k.dtype)
         # the sum of the keys, n, is what a value of 1 would come to
         y, S = gla(
@@ -113,11 +109,28 @@ class MLSTM(SequenceMixer):
         """Logits of i and f [B, T, H] in float32 or wider, under autocast too: they stand in an exponent."""
         wide, projections = state_dtype(x.dtype), (self.i_proj, self.f_proj)
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        # making the context takes as long as the product of one token
+        exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        with exact:
             logits = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
         if self.gate_cap is not None:
             logits = self.gate_cap * torch.tanh(logits / self.gate_cap)
         return logits.split(self.heads, -1)
+
+
+def maxima(i: Tensor, log_f: Tensor, m: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The running maxima m_t and the logarithms of C's decays [B, T, H], and the last m [N, H]; `m` [N, H] is m_0."""
+    if cu_seqlens is None and i.shape[1] == 1:
+        # a token alone: nothing to run over
+        carried = log_f + m[:, None]
+        now = torch.maximum(carried, i)
+        return now, carried - now, now[:, 0]
+    keep = kept(i, log_f, m, cu_seqlens)
+    now, last = scan(keep.to(i.dtype), torch.where(keep, log_f, i), m, cu_seqlens=cu_seqlens)
+    before, _ = previous(now, m[:, None], cu_seqlens)
+    # where the maximum is kept, the decay is 1: the two forms agree but for rounding
+    return now, torch.where(keep, 0.0, log_f + before - now).clamp_max(0.0), last
 
 
 @torch.no_grad()
