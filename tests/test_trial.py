@@ -76,6 +76,12 @@ PLANTED = {
         "error",
         "can't allocate memory",
     ),
+    # more than the search says (and the loop may need), and less than the machine has
+    "takes_more": (
+        f"{FORWARD}torch.empty(7 << 30, dtype=torch.uint8); return results",
+        "error",
+        "can't allocate memory",
+    ),
     "segfaults": (f"{FORWARD}ctypes.string_at(0)", "wrong", "its process was killed by SIGSEGV"),
     "aborts": (
         f"{FORWARD}os.write(2, b'free(): invalid pointer\\n'); os.abort()",
