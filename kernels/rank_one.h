@@ -197,9 +197,11 @@ void run(const Call& call) {
     auto all = [&]<class S, int N, bool DECAY>() {
         const int64_t keys = whole_vectors<S>(p.keys), values = Part<S>::most(p) * N * kLanes<S>;
         const int64_t numbers = Inputs<S, DELTA>::numbers(keys, values) + scratch_of<S>(call, keys, values);
-        parallel_with_scratch<S, FlushDenormals>(p.sequences * p.heads * p.groups, p.threads, numbers, [&](int64_t i, S* scratch, int64_t thread) {
+        const int64_t parts = p.sequences * p.heads * p.groups;
+        auto one = [&](int64_t i, S* scratch, int64_t thread) {
             run_part<S, N, DELTA, DECAY>(call, chunks, Part<S>(p, i), scratch, thread);
-        });
+        };
+        parallel_with_scratch<S, FlushDenormals>(parts, p.threads, numbers, one);
     };
     auto with_decay = [&]<class S, int N>() {
         if constexpr (kAlwaysDecay<S>) all.template operator()<S, N, true>();

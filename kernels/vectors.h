@@ -23,6 +23,12 @@ int64_t whole_vectors(int64_t columns) {
     return multiple(columns, kLanes<S> > 4 ? kLanes<S> : 4);
 }
 
+// So many numbers in whole lines of the cache.
+template <class S>
+int64_t whole_lines(int64_t n) {
+    return multiple(n, kCacheLine / sizeof(S));
+}
+
 template <class S>
 using Lanes = Vec<S, kLanes<S>>;
 

@@ -65,26 +65,25 @@ def gated_norm(
     shape = x.shape
     if len(shape) not in (3, 4):
         raise ValueError(f"gated_norm: x has {len(shape)} axes {list(shape)}, expected [B, T, D] or [B, T, H, V]")
-    heads = x if len(shape) == 4 else x.unsqueeze(2)
-    if gate is not None and len(shape) == 3 and gate.shape == shape:
-        gate = gate.unsqueeze(2)
-    elif gate is not None and gate.shape != heads.shape:
-        if gate.shape != (*shape[:2], heads.shape[2] * heads.shape[3]):
-            raise ValueError(f"gated_norm: gate is {list(gate.shape)}, which does not fit x {list(shape)}")
-        gate = gate.view(heads.shape)
-    found = OP(
-        heads, gate, _of_heads(weight, heads), _of_heads(bias, heads), None, norm == "layer", activation, gate_first,
-        float(eps), backend,
-    )  # fmt: skip
+    if len(shape) == 4:
+        rows, H = x, shape[2]
+    else:
+        rows, H = x.unsqueeze(2), 1
+    if gate is not None:
+        given = gate.shape
+        if len(shape) == 3 and given == shape:
+            gate = gate.unsqueeze(2)
+        elif given != shape:
+            if given != (*shape[:2], H * shape[-1]):
+                raise ValueError(f"gated_norm: gate is {list(given)}, which does not fit x {list(shape)}")
+            gate = gate.view(rows.shape)
+    # [V] -> [H, V]; what has other axes is the op's to refuse
+    if weight is not None and weight.ndim == 1:
+        weight = weight.expand(H, -1)
+    if bias is not None and bias.ndim == 1:
+        bias = bias.expand(H, -1)
+    found = OP(rows, gate, weight, bias, None, norm == "layer", activation, gate_first, float(eps), backend)
     return found[0] if len(shape) == 4 else found[0].squeeze(2)
-
-
-def _of_heads(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    """[V] -> [H, V]"""
-    # what has other axes is the op's to refuse
-    if parameter is None or parameter.ndim != 1:
-        return parameter
-    return parameter.unsqueeze(0) if x.shape[2] == 1 else parameter.expand(x.shape[2], -1)
 
 
 def _sample(

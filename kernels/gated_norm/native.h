@@ -59,12 +59,6 @@ static_assert(sizeof(Forward) == 23 * 8 && sizeof(Backward) == 30 * 8, "native.p
 // In the order in which native.py counts them.
 enum Activation : int64_t { kNone, kIdentity, kSilu, kSigmoid };
 
-// So many numbers in whole lines of the cache.
-template <class S>
-int64_t whole_lines(int64_t n) {
-    return multiple(n, kCacheLine / sizeof(S));
-}
-
 // How much of a vector there is: all of it, or so many lanes at the end of a head.
 struct Whole {};
 struct Part {

@@ -58,7 +58,8 @@ def forward(
     """(y,) like x."""
     given = x, gate, weight, bias = _readable(x, gate, weight, bias)
     y = pool.empty_like(x)
-    run = max(1, RUN_SIZE // (x.shape[2] * x.shape[3]))
+    _, _, H, V = x.shape
+    run = max(1, RUN_SIZE // (H * V))
     _function("gated_norm_forward", f"{FIELDS}q")(
         *_fields(*given, center, activation, gate_first, eps, run, config), y.data_ptr()
     )
@@ -137,16 +138,15 @@ def _fields(
     config: Mapping[str, int],
 ) -> tuple[float, ...]:
     """The fields of native.h's Problem. A parameter that all heads share lies 0 numbers behind itself."""
-    numbers = x.numel()
     return (
         *x.shape,
         center,
         0 if gate is None else ACTIVATIONS[activation],
         gate_first and gate is not None,
         DTYPES[x.dtype],
-        torch.get_num_threads() if numbers >= SERIAL_SIZE else 1,
+        torch.get_num_threads() if x.numel() >= SERIAL_SIZE else 1,
         run,
-        numbers * x.element_size() >= config["around_cache_mib"] << 20,
+        x.nbytes >= config["around_cache_mib"] << 20,
         eps,
         x.data_ptr(),
         *x.stride()[:2],

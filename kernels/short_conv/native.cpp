@@ -1,7 +1,5 @@
 // Causal depthwise convolution over time and its gradient. A thread takes a run of rows for a block of columns and goes
 // through it row by row; the few rows of the past stay in the L1 cache.
-#include <vector>
-
 #include "../work.h"
 #include "taps.h"
 
@@ -46,17 +44,16 @@ struct Place {
 // Rows of sums, one slot for each vector. They are zeros at first.
 template <class S>
 struct Sums {
-    static constexpr int64_t line = kCacheLine / sizeof(S);
-    int64_t stride;
-    std::vector<S> memory;
+    int64_t rows, stride;
     S* first;
 
-    Sums(int64_t rows, int64_t columns) : stride((columns + line - 1) / line * line), memory(rows * stride + line) {
-        auto address = reinterpret_cast<uintptr_t>(memory.data());
-        first = reinterpret_cast<S*>((address + kCacheLine - 1) / kCacheLine * kCacheLine);
+    // Takes its numbers from `scratch`, which then begins behind them.
+    Sums(int64_t rows, int64_t columns, S*& scratch)
+        : rows(rows), stride(whole_lines<S>(columns)), first(std::exchange(scratch, scratch + rows * stride)) {
+        clear();
     }
     S* operator[](int64_t row) { return first + row * stride; }
-    void clear() { std::fill(memory.begin(), memory.end(), S(0)); }
+    void clear() { std::fill_n(first, rows * stride, S(0)); }
 
     void write(int64_t row, int64_t n, S* columns) {
         int64_t lanes = kVectorBytes / sizeof(S), apart = n < lanes ? n : n / lanes * lanes;
@@ -76,9 +73,9 @@ void forward(const Forward& f) {
     using S = StateOf<T>;
     const Problem& p = f.problem;
     const Cut cut(p, (p.width + 1) * (sizeof(S) + sizeof(T)), sizeof(S));
-    auto tile = [&](int64_t i) {
+    auto tile = [&](int64_t i, S* scratch) {
         int64_t column = cut.column(i), columns = cut.columns(i);
-        Row<T, S> row(p, column, columns);
+        Row<T, S> row(p, column, columns, scratch);
         Place<T> y{p.around_cache && columns * sizeof(T) >= 1024};
         auto compute = pick<S>(p, columns, []<int W, int K, bool SILU>() { return &forward_row<W, K, SILU, T, S>; });
         cut.for_pieces(cut.run(i), [&](const Piece& piece) {
@@ -97,22 +94,8 @@ void forward(const Forward& f) {
             copy_row(cut.extended<T>(piece, piece.length + i), p.columns, cut.state<T>(f.final_state, n, i));
     };
     int64_t tiles = cut.tiles(), states = p.before() ? p.sequences : 0;
-    parallel_for(tiles + states, p.threads, [&](int64_t i) { i < tiles ? tile(i) : final_state(i - tiles); });
-}
-
-// Adds the sums of all runs, in double and in one order, whoever computed them.
-template <class S>
-void add_partials(const Backward& b, int64_t runs) {
-    constexpr int64_t chunk = 512;
-    int64_t numbers = (b.problem.width + 1) * b.problem.columns;
-    parallel_for((numbers + chunk - 1) / chunk, b.problem.threads, [&](int64_t i) {
-        double sum[chunk] = {};
-        int64_t first = i * chunk, n = std::min(chunk, numbers - first);
-        for (int64_t run = 0; run < runs; ++run) {
-            const S* from = static_cast<const S*>(b.partials) + run * numbers + first;
-            for (int64_t j = 0; j < n; ++j) sum[j] += from[j];
-        }
-        std::copy_n(sum, n, static_cast<S*>(b.sums) + first);
+    parallel_with_scratch<S>(tiles + states, p.threads, Row<T, S>::numbers(p), [&](int64_t i, S* scratch, int64_t) {
+        i < tiles ? tile(i, scratch) : final_state(i - tiles);
     });
 }
 
@@ -121,11 +104,12 @@ void backward(const Backward& b) {
     using S = StateOf<T>;
     const Problem& p = b.problem;
     const Cut cut(p, (p.width + 1) * (3 * sizeof(S) + sizeof(T)) + 2 * sizeof(T), sizeof(S));
-    auto tile = [&](int64_t i) {
+    const int64_t sums_of_parameters = b.partials ? p.width + 1 : 0;
+    auto tile = [&](int64_t i, S* scratch) {
         int64_t column = cut.column(i), columns = cut.columns(i);
-        GradientRow<T, S> row(p, column, columns);
+        GradientRow<T, S> row(p, column, columns, scratch);
         Place<T> drow{p.around_cache && columns * sizeof(T) >= 1024};
-        Sums<S> past(p.width, columns), partial(b.partials ? p.width + 1 : 0, columns);
+        Sums<S> past(p.width, columns, scratch), partial(sums_of_parameters, columns, scratch);
         auto compute = pick<S>(p, columns, []<int W, int K, bool SILU>() { return &backward_row<W, K, SILU, T, S>; });
         auto dy = [&](const Piece& piece, int64_t t) {
             bool there = b.dy && t < piece.length;
@@ -139,7 +123,7 @@ void backward(const Backward& b) {
                 const bool inside = t < piece.length, summed = b.partials && t < piece.end;
                 const T *dlast = nullptr, *nothing = or_zeros<T>(nullptr, 0);
                 if (inside) row.look_at(cut, piece, t, column);
-                else std::fill(row.window.begin(), row.window.end(), nothing);
+                else std::fill_n(row.window, p.width, nothing);
                 if (!inside && b.dfinal_state) dlast = cut.state<T>(b.dfinal_state, piece.sequence, t - piece.length);
                 row.dy = dy(piece, t), row.next_dy = dy(piece, t + 1), row.dlast = or_zeros(dlast, column);
                 for (int64_t k = 0; k < p.width; ++k) row.past[k] = past[(t - k + p.width) % p.width];
@@ -167,8 +151,13 @@ void backward(const Backward& b) {
         }
     };
     int64_t tiles = cut.tiles(), states = p.cu_seqlens && b.dinitial_state ? p.sequences : 0;
-    parallel_for(tiles + states, p.threads, [&](int64_t i) { i < tiles ? tile(i) : empty_sequence(i - tiles); });
-    if (b.partials) add_partials<S>(b, cut.runs);
+    const int64_t numbers = GradientRow<T, S>::numbers(p) + (p.width + sums_of_parameters) * whole_lines<S>(cut.block);
+    parallel_with_scratch<S>(tiles + states, p.threads, numbers, [&](int64_t i, S* scratch, int64_t) {
+        i < tiles ? tile(i, scratch) : empty_sequence(i - tiles);
+    });
+    if (b.partials == nullptr) return;
+    const int64_t n = sums_of_parameters * p.columns;
+    add_parts(static_cast<const S*>(b.partials), cut.runs, n, n, static_cast<S*>(b.sums), p.threads);
 }
 
 template <class S>

@@ -1,28 +1,42 @@
 // One row of the convolution and one of its gradient, for the columns of a tile.
 #pragma once
 #include <algorithm>
-#include <vector>
 
 #include "cut.h"
 #include "../sigmoid.h"
+#include "../vectors.h"
 
 template <class T>
 const T* or_zeros(const T* row, int64_t column) {
     return row ? row + column : reinterpret_cast<const T*>(zeros);
 }
 
+// Numbers of S in the room of so many pointers, in whole lines of the cache.
+template <class S>
+int64_t pointers(int64_t n) {
+    return whole_lines<S>(n * (sizeof(void*) / sizeof(S)));
+}
+
+// Takes so many pointers from `scratch`, which then begins behind them.
+template <class P, class S>
+P* take_pointers(int64_t n, S*& scratch) {
+    return reinterpret_cast<P*>(std::exchange(scratch, scratch + pointers<S>(n)));
+}
+
 // One row of one tile: where its vectors read and write.
 template <class T, class S>
 struct Row {
     int64_t columns, width, stride;
-    const S *taps, *bias;          // taps are `stride` apart
-    std::vector<const T*> window;  // x[t - width + 1] to x[t]
-    const T* next;                 // x[t + 1], to be prefetched
-    T* out;                        // y[t]
+    const S *taps, *bias;  // taps are `stride` apart
+    const T** window;      // x[t - width + 1] to x[t]
+    const T* next;         // x[t + 1], to be prefetched
+    T* out;                // y[t]
 
-    Row(const Problem& p, int64_t column, int64_t columns)
+    static int64_t numbers(const Problem& p) { return pointers<S>(p.width); }
+
+    Row(const Problem& p, int64_t column, int64_t columns, S*& scratch)
         : columns(columns), width(p.width), stride(p.columns), taps(static_cast<const S*>(p.taps) + column),
-          bias(or_zeros(static_cast<const S*>(p.bias), column)), window(p.width) {}
+          bias(or_zeros(static_cast<const S*>(p.bias), column)), window(take_pointers<const T*>(width, scratch)) {}
 
     void look_at(const Cut& cut, const Piece& piece, int64_t t, int64_t column) {
         for (int64_t k = 0; k < width; ++k) window[k] = or_zeros(cut.extended<T>(piece, t + k), column);
@@ -34,24 +48,26 @@ struct Row {
 template <class T, class S>
 struct GradientRow : Row<T, S> {
     const T *dy, *next_dy, *dlast;  // dlast: what the final state adds to it
-    std::vector<S*> past;           // dz[t], which is written, to dz[t - width + 1]
-    std::vector<S*> partial;        // the sums of the taps and the bias, or nulls
+    S **past, **partial;  // dz[t], which is written, to dz[t - width + 1]; the sums of the taps and the bias, or nulls
 
-    GradientRow(const Problem& p, int64_t column, int64_t columns)
-        : Row<T, S>(p, column, columns), past(p.width), partial(p.width + 1) {}
+    static int64_t numbers(const Problem& p) { return 2 * pointers<S>(p.width) + pointers<S>(p.width + 1); }
+
+    GradientRow(const Problem& p, int64_t column, int64_t columns, S*& scratch)
+        : Row<T, S>(p, column, columns, scratch), past(take_pointers<S*>(p.width, scratch)),
+          partial(take_pointers<S*>(p.width + 1, scratch)) {}
 };
 
 // As many pointers as there are taps, in registers if that is a fixed number.
 template <int TAPS, class T>
 struct Few {
     T* at[TAPS];
-    INLINE explicit Few(const std::vector<T*>& rows) { std::copy_n(rows.data(), TAPS, at); }
+    INLINE explicit Few(T* const* rows) { std::copy_n(rows, TAPS, at); }
     INLINE T* operator[](int64_t k) const { return at[k]; }
 };
 template <class T>
 struct Few<0, T> {
     T* const* at;
-    INLINE explicit Few(const std::vector<T*>& rows) : at(rows.data()) {}
+    INLINE explicit Few(T* const* rows) : at(rows) {}
     INLINE T* operator[](int64_t k) const { return at[k]; }
 };
 
