@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import time
@@ -67,6 +68,15 @@ def slow(results: tuple[Any, ...]) -> tuple[Any, ...]:
     return results
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def problem(op: Op = SCAN, direction: str = "forward", dtype: torch.dtype = torch.float32, **facts: Any) -> Problem:
     sizes = {**SIZES, **({"B": 1, "N": 3} if facts.get("packed") else {})}
     return pose(op, direction, sizes, dtype=dtype, device=CPU, **facts)
@@ -85,6 +95,9 @@ def test_the_fastest_is_chosen_although_the_rule_says_otherwise(
     assert (after.backend.name, after.origin) == ("naive", "exact")
     assert {record.backend: record.status for record in records} == {"naive": "ok", "lazy": "ok", "lazier": "ok"}
     assert len(store.read()) == 3
+    with deterministic():
+        by_rule = op.choose(posed)
+    assert (by_rule.backend.name, by_rule.origin) == ("lazier", "rule")
 
 
 def one_element(index: int) -> Change:
@@ -184,11 +197,8 @@ def test_explain_says_predicted_only_where_that_decided(monkeypatch: pytest.Monk
         "naive": ("not measured", ""),
         "lazy": ("chosen", "predicted, not measured"),
     }
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         found = explain(op, posed)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert found.origin.startswith("by rule, because torch.use_deterministic_algorithms is on")
     assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {
         "naive": ("not measured", ""),
