@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,13 @@ import autotune
 from kernels.scan import OP, native, scan
 
 SHAPE = (8, 2048, 1024)
+# What forward and backward move, of what an addition does: a, x and h, then a, h, dh, da and dx.
+TENSORS = 8 / 3
 RECORDS = 100_000
 
 
 def ratios(rounds: int) -> Iterator[Row]:
-    """Bandwidth: against torch.add, which reads two tensors and writes one, as the scan's forward pass does."""
+    """Bandwidth: against torch.add moving as many bytes."""
     a, x, add_out, h = (torch.rand(SHAPE) for _ in range(4))
     final = torch.empty(SHAPE[0], SHAPE[2])
     config = OP.choose(OP.problem_of("forward", (a, x, None, None, False, "native")), "native").config
@@ -34,27 +37,34 @@ def ratios(rounds: int) -> Iterator[Row]:
     def preallocated() -> None:
         native.forward_out(a, x, None, None, h, final, reverse=False, config=config)
 
-    def public(a: Tensor = a, x: Tensor = x) -> object:
-        return scan(a, x)
-
-    training = trainer(outputs, a, x)
-    add_s, out_s, public_s, train_s = medians([add, preallocated, public, training], rounds)
+    runs = [add, preallocated, lambda: outputs(a, x), trainer(outputs, a, x)]
+    add_s, out_s, public_s, train_s = medians(runs, rounds)
 
     def over(seconds: float) -> str:
         return f"{seconds * 1e3:.2f} ms, add {add_s * 1e3:.2f} ms"
 
     shape = f"{list(SHAPE)} float32"
-    yield Row(f"forward into preallocated outputs / add, {shape}", out_s / add_s, 1.3, "×", over(out_s))
-    yield Row(f"public function / add, {shape}", public_s / add_s, 1.7, "×", over(public_s))
-    # forward moves 3 tensors, backward 5: 8/3 of an addition
-    yield Row(f"forward + backward / add, {shape}", train_s / add_s, 1.5 * 8 / 3, "×", over(train_s))
+    yield Row(f"scan forward into preallocated outputs / add, {shape}", out_s / add_s, 1.2, "×", over(out_s))
+    yield Row(f"scan forward, allocating / add, {shape}", public_s / add_s, 1.6, "×", over(public_s))
+    detail = f"{train_s * 1e3:.2f} ms, 8/3 of add {add_s * 1e3:.2f} ms"
+    yield Row(f"scan forward + backward / add, {shape}", train_s / (TENSORS * add_s), 1.3, "×", detail)
 
-    narrow_a, narrow_x = a.detach().bfloat16(), x.detach().bfloat16()
-    narrow = [lambda: public(narrow_a, narrow_x), trainer(outputs, narrow_a, narrow_x)]
-    wide_s, narrow_s, train_s, narrow_train_s = medians([public, narrow[0], training, narrow[1]], rounds)
-    for what, slow, fast in (("forward", narrow_s, wide_s), ("forward + backward", narrow_train_s, train_s)):
+
+def small(rounds: int) -> Iterator[Row]:
+    a, x = torch.rand(1, 2048, 256), torch.rand(1, 2048, 256)
+    seconds = medians([lambda: outputs(a, x), trainer(outputs, a, x)], 4 * rounds)
+    for what, limit, each in zip(("forward", "forward + backward"), (0.15, 0.8), seconds):
+        yield Row(f"scan {what}, {list(a.shape)} float32", 1e3 * each, limit, "ms", "allocating")
+
+
+def narrow(rounds: int) -> Iterator[Row]:
+    """bfloat16 takes no longer than float32."""
+    a, x = torch.rand(SHAPE), torch.rand(SHAPE)
+    pairs = [(a, x), (a.bfloat16(), x.bfloat16())]
+    for what, make in (("forward", partial), ("forward + backward", trainer)):
+        fast, slow = medians([make(outputs, *pair) for pair in pairs], rounds)
         detail = f"{slow * 1e3:.2f} ms, float32 {fast * 1e3:.2f} ms"
-        yield Row(f"{what} in bfloat16 / float32, {list(SHAPE)}", slow / fast, 1.0, "×", detail)
+        yield Row(f"scan {what} in bfloat16 / float32, {list(SHAPE)}", slow / fast, 1.0, "×", detail)
 
 
 def outputs(a: Tensor, x: Tensor) -> Tensor:
@@ -104,4 +114,4 @@ def lookups(rounds: int) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, (ratios, overheads, lookups)))
+    sys.exit(main(__doc__, (ratios, small, narrow, overheads, lookups)))

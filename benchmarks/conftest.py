@@ -90,6 +90,8 @@ def _storage(config: pytest.Config) -> Path:
 def _place(item: Any, device: torch.device) -> tuple[int, ...]:
     """A step up for every next length, and for backends that are not the fastest of their op."""
     facts = item.callspec.params
+    if "part" in facts:
+        return (-1,)
     length = facts.get("length") or facts.get("tokens", 0)
     slowness = _slowness(facts["op"], facts["name"], device) if "op" in facts else "length" not in facts
     dtype = FULL_DTYPES.index(facts.get("dtype_name") or facts.get("dtype", DTYPES[0]))
@@ -251,6 +253,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    # targets have a table of their own
+    output_json["benchmarks"] = [row for row in output_json["benchmarks"] if "device" in row["extra_info"]]
     output_json["command"] = f"python -m pytest {shlex.join(map(str, config.invocation_params.args))}"
 
 

@@ -1,8 +1,11 @@
 """What trusting the rule costs against measuring: `python benchmarks/heuristics.py`. Exit code 1 if a limit is missed.
 
 For every op, direction, dtype and length of the benchmarks' grid: what the rule chooses where nothing is measured, and
-what the tuner chooses (with a fresh table), both timed again afterwards beside every other candidate that was right, in
-one interleaved run. Both are compared with the fastest of that run.
+what the tuner chooses (with a fresh table, in a share of the time). Then the candidates that the tuner had no time for
+are checked too, and all that are right are timed again in one interleaved run; the two choices are compared with the
+fastest of that run. Not timed again are candidates that were never found right, for want of time or because they
+failed, and those of which three calls would not fit in the time: the lines and the end say how many. "Fastest" is of
+the others.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ import torch
 from sizes import sizes_of
 
 import autotune
-from autotune.measure import Interleaved
-from autotune.record import candidate
+from autotune.measure import TRIES, Interleaved
+from autotune.record import Candidate, candidate
 from autotune.search import GIVE_UP
 from kernels.agreement import draw, pose
 from kernels.catalogue import OPS
@@ -33,27 +36,38 @@ from kernels.tuning import tune
 
 LENGTHS, DTYPES = (1, 512, 4096), ("float32", "bfloat16")
 ROUNDS = 9
-# The shares of a problem's time that the tuner and the timing afterwards get; the rest is for drawing tensors
-TUNING, AGAIN = 0.55, 0.3
+# The shares of a problem's time that the tuner, the check of what it left and the timing afterwards get; the rest is
+# for drawing tensors
+TUNING, CHECKING, AGAIN = 0.4, 0.25, 0.25
+# A call to warm up, and the rounds before a slow one is given up.
+CALLS = 1 + TRIES
 # Over the fastest: the rule's geometric mean and worst, the tuner's geometric mean
 LIMITS = (1.25, 2.0, 1.05)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One problem; rule, tuned: their times over the fastest candidate's, which is `best`, in seconds."""
+    """One problem; rule, tuned: their times over the fastest candidate's, which is `best`, in seconds.
+
+    offered: how many candidates can run it; untimed: how many of them were not timed again; failed: how many of these
+    raised or gave something wrong.
+    """
 
     problem: Problem
     rule: float
     tuned: float
     best: float
     names: tuple[str, str, str]
+    offered: int
+    untimed: int
+    failed: int
 
     def __str__(self) -> str:
         rule, tuned, best = self.names
         what = f"{self.problem.op} {self.problem.direction} {self.problem.dtype_name} T={self.problem.sizes['T']}"
         chosen = f"rule {self.rule:5.2f} × ({rule}), tuned {self.tuned:5.2f} × ({tuned})"
-        return f"{what:45} {chosen} of {1e3 * self.best:.3g} ms ({best})"
+        left = f"; {self.untimed} of {self.offered} not timed" if self.untimed else ""
+        return f"{what:45} {chosen} of {1e3 * self.best:.3g} ms ({best}){left}"
 
 
 def grid(ops: Sequence[str], lengths: Sequence[int], dtypes: Sequence[str]) -> list[tuple[Op, Problem]]:
@@ -79,15 +93,16 @@ def cost(op: Op, problem: Problem, seconds: float, store: autotune.Store) -> Cos
     """None where the time was too short for the tuner to learn anything."""
     rule = by_rule(op, problem)
     tune(op, problem, seconds=TUNING * seconds, store=store)
-    known = {r.candidate: r for r, _, _ in autotune.listing(op.key(problem), op.source) if r.status == "ok"}
-    if not known:
+    if not _timed(op, problem):
         return None
     tuned = op.choose(problem)
-    limit = GIVE_UP * min(record.times[0] for record in known.values())
+    # continues with what it had no time for
+    tune(op, problem, seconds=CHECKING * seconds, store=store)
+    known, offered = _timed(op, problem), op.candidates(problem)
     named = {candidate(plan.backend.name, plan.config): (plan.backend, plan.config) for plan in (rule, tuned)}
-    for backend, config in op.candidates(problem):
+    for backend, config in offered:
         name = candidate(backend.name, config)
-        if name in known and known[name].times[0] <= limit:
+        if name in known and CALLS * known[name] <= AGAIN * seconds:
             named.setdefault(name, (backend, config))
     inputs = draw(op, problem, by="auto")
     with torch.no_grad():
@@ -100,7 +115,23 @@ def cost(op: Op, problem: Problem, seconds: float, store: autotune.Store) -> Cos
     if best is None or first not in times or second not in times:
         return None
     names = tuple(" ".join([name, *(f"{k}={v}" for k, v in config)]) for name, config in (first, second, best))
-    return Cost(problem, times[first] / times[best], times[second] / times[best], times[best], names)  # type: ignore[arg-type]
+    failed = {record.candidate for record, _, _ in autotune.listing(op.key(problem), op.source) if record.failed}
+    return Cost(
+        problem,
+        times[first] / times[best],
+        times[second] / times[best],
+        times[best],
+        names,  # type: ignore[arg-type]
+        len(offered),
+        len(offered) - len(times),
+        len(failed - set(times)),
+    )
+
+
+def _timed(op: Op, problem: Problem) -> dict[Candidate, float]:
+    """Seconds of every candidate that was found right, by its newest record."""
+    oldest_first = reversed(autotune.listing(op.key(problem), op.source))
+    return {record.candidate: record.times[0] for record, _, _ in oldest_first if record.status == "ok"}
 
 
 def warm_up(problems: Sequence[tuple[Op, Problem]]) -> None:
@@ -160,6 +191,11 @@ def main() -> int:
     if not found:
         print("nothing was measured; give more --minutes")
         return 1
+    offered, untimed, failed = (sum(getattr(each, name) for each in found) for name in ("offered", "untimed", "failed"))
+    print(
+        f"{offered - untimed} of {offered} candidates were timed again, {failed} raised or gave something wrong, "
+        f"and for {untimed - failed} there was no time"
+    )
     missed = False
     for what, value, limit in summary(found):
         held = limit is None or value <= limit

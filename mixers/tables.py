@@ -7,6 +7,7 @@ measurement's. Everything else is made from the CSV, and `check` makes it again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -33,16 +34,13 @@ INTRODUCTION = (
 )
 
 
-def saved(folder: Path) -> list[Path]:
-    """The benchmark files in a folder, the oldest first.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    files = sorted(folder.glob("**/*.json"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise FileNotFoundError(f"no benchmark results in {folder}; make some with: python -m pytest benchmarks")
-    return files
+def saved(folder: Path) -> pd.DataFrame:
+    """Of all benchmark files in a folder, the oldest first, but for files that hold none."""
+    found = [pd.DataFrame(columns=COLUMNS)]
+    for file in sorted(folder.glob("**/*.json"), key=lambda path: path.stat().st_mtime):
+        with contextlib.suppress(ValueError):
+            found.append(read(file))
+    return pd.concat(found, ignore_index=True)
 
 
 @cache
@@ -62,17 +60,15 @@ def sources(kind: str, name: str) -> str:
 
 def current(rows: pd.DataFrame) -> pd.DataFrame:
     """Those that were made with the sources that are here."""
-    return rows[[row["source"] == sources(row["kind"], row["name"]) != "" for _, row in rows.iterrows()]]
+    fresh = [row["source"] == sources(row["kind"], row["name"]) != "" for _, row in rows.iterrows()]
+    return rows[pd.Series(fresh, index=rows.index, dtype=bool)]
 
 
 def measured_tests(folder: Path, about: Mapping[str, Any]) -> set[str]:
     """The tests whose rows are saved, made with the sources, the torch, the device and the threads that are here."""
-    found: set[str] = set()
-    for file in folder.glob("**/*.json"):
-        rows = current(read(file))
-        here = (rows["device"] == about["device"]) & (rows["threads"] == about["threads"])
-        found |= set(rows[here & (rows["torch"] == about["versions"]["torch"])]["test"])
-    return found
+    rows = current(saved(folder))
+    here = (rows["device"] == about["device"]) & (rows["threads"] == about["threads"])
+    return set(rows[here & (rows["torch"] == about["versions"]["torch"])]["test"])
 
 
 def write(rows: pd.DataFrame, out: Path, *, replace: bool = False) -> list[Path]:

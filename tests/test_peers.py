@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+FILES = ("peers", "libraries", "limits", "targets", "acceptance", "hgru", "paths", "startup", "where")
 SIZES = {"B": 2, "T": 64, "D": 6, "H": 2, "G": 2, "K": 4, "V": 4, "N": 2}
 CASES = (
     *("scan", "selective_scan", "gla per head", "gla per key"),
@@ -25,7 +26,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import peers
 
     yield peers
-    for name in ("peers", "libraries", "limits"):
+    for name in FILES:
         sys.modules.pop(name, None)
 
 
@@ -70,3 +71,22 @@ def test_why_one_is_left_out(peers: Any) -> None:
     assert found(of(lambda a, x: x), compiles=True) == "code is generated for a minute or more"
     right = found(of(lambda a, x: peers.OPS["scan"](a, x, None, None, False, "naive")[0]))
     assert isinstance(right, peers.Subject)
+
+
+def test_a_missed_target_is_explained(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import targets
+
+    def rows(_: int) -> Iterator[Any]:
+        yield targets.Row("on time", 1.0, 1.0, "×", "")
+        yield targets.Row("late", 1.5, 1.0, "×", "")
+        yield targets.Row("told", 9.0, None, "×", "")
+
+    parts = {"both": targets.Part(rows, lambda rounds: iter([f"here, in {rounds} rounds"]))}
+    parts["first"] = targets.Part(lambda n: iter([next(rows(n))]), lambda _: iter(["never asked"]))
+    monkeypatch.setattr(targets, "PARTS", parts)
+    lines: list[str] = []
+    table = targets.Table(lines.append)
+    for name in parts:
+        table.measure(name, 3)
+    assert [line.split()[0] for line in lines] == ["both:", "ok", "MISSED", "9.00", "here,", "first:", "ok"]
+    assert table.verdict() == "2 of 3 targets are met; missed: both (late)"

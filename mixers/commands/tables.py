@@ -49,10 +49,12 @@ def tables(
             return
         for file in json or []:
             _must_exist("--json", file)
-        rows = pd.concat([pages.read(file) for file in json or pages.saved(SAVED)], ignore_index=True)
-        rows = rows if json else pages.current(rows)
+        if json:
+            rows = pd.concat(map(pages.read, json), ignore_index=True)
+        else:
+            rows = pages.current(pages.saved(SAVED))
         if rows.empty:
-            fail(f"{SAVED} holds no results that were made with these sources; --json takes others")
+            fail(f"no results of these sources in {SAVED}; make some with: python -m pytest benchmarks", 2)
         written = pages.write(rows, out, replace=replace)
     for path in written:
         console().print(str(path))
