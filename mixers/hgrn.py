@@ -48,7 +48,7 @@ class HGRN(LowerBounded, SequenceMixer):
         lower_bound: γ: None (0), a number, a tensor [D], or anything callable that returns one.
         bidirectional: a second, reversed scan with a θ of its own, summed with the first before the norm.
         recompute: the backward pass makes all but the projections again, one chunk of time after the other.
-        backend: of the recurrence alone; see `kernels.hgru.hgru`.
+        backend: of the recurrence, not of convolutions and norms; see `kernels.hgru.hgru`.
 
     Source: Qin, Yang, Zhong, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", arXiv 2311.04823;
     github.com/OpenNLPLab/HGRN.

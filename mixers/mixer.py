@@ -21,6 +21,9 @@ class SequenceMixer(nn.Module):
 
     A subclass writes `__init__(self, dim, *, options)`, `init_state` and `mix`. Where `causal` is False (bidirectional
     mixers) there is no state: it is returned as None, and passing one raises.
+
+    An option `backend` is that of the op that mixes over time, and of no other: gated norms and short convolutions
+    beside it choose their own.
     """
 
     family: ClassVar[str] = "other"
