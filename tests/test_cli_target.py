@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,17 @@ def test_without_a_cache_folder_what_is_compiled_is_kept_for_the_process(
     monkeypatch.setenv("SEQUENCE_MIXERS_CACHE", str(tmp_path / "file" / "cache"))
     (targets.memory() / "known.json").write_text("{}")
     assert (targets.memory() / "known.json").exists()
+
+
+def test_calibrate_writes_tables_and_pages_of_every_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[list[Any]]
+) -> None:
+    tables: list[tuple[str, str]] = []
+    monkeypatch.setattr(targets, "problems", lambda *_: [])
+    monkeypatch.setattr(targets, "FLOORS", ())
+    # in the place of the package's
+    monkeypatch.setattr(targets, "write_table", lambda _, card, made: tables.append((card.target, made[0].backend)))
+    run("calibrate", *TARGET, "--target", "gfx942", "--out", str(tmp_path))
+    assert tables == [("sm_90", "triton"), ("gfx942", "triton")]
+    assert set(json.loads((tmp_path / "static.json").read_text())) == {"sm_90", "gfx942"}
+    assert "static.md" in {path.name for path in tmp_path.iterdir()}

@@ -93,13 +93,15 @@ def _dry_run(names: list[str], out: Path) -> None:
     console.rule("2 of 3: compiling", align="left")
     for card in cards:
         targets.write_table(console, card, targets.records(console, card, met, targets.cores()))
-        targets.write_static(console, card, met, out)
+        with mistakes():
+            targets.write_static(console, card, met, out)
     console.rule("3 of 3: pages", align="left")
     from mixers import tables as pages
 
-    for name, content in pages.generated(out).items():
-        (out / name).write_bytes(content)
-        console.print(Text(str(out / name), "dim"))
+    with mistakes():
+        for name, content in pages.generated(out).items():
+            (out / name).write_bytes(content)
+            console.print(Text(str(out / name), "dim"))
 
 
 def problems(console: Console, names: list[str], dim: int, lengths: list[int], device: torch.device) -> list[Problem]:
