@@ -46,6 +46,7 @@ DIM = 512
 FULL_DIMS = (256, 512, 1024, 2048)
 FULL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+LONG = f"more than {CALL_SECONDS:g} s; --full times it"
 OVER = "minutes are over"
 DIRECTIONS = ("forward", "decode", "forward+backward")
 
@@ -172,7 +173,7 @@ class Timer:
         once = time.perf_counter() - start
         self.calls[_subject(facts)] = (facts["length"], once)
         if once > CALL_SECONDS and not self.full:
-            pytest.skip(f"one call takes {once:.1f} s, more than {CALL_SECONDS} s; --full times it")
+            pytest.skip(f"{self.benchmark.name}: a call takes {once:.1f} s, {LONG}")
         iterations = max(round(SAMPLE_SECONDS / once), 1)
         rounds = min(max(round(ROW_SECONDS / (once * iterations)), MIN_ROUNDS), MAX_ROUNDS)
         self.benchmark.extra_info.update({**facts, **about(self.device), **limits(self.device, facts["dtype"])})
@@ -184,7 +185,7 @@ class Timer:
         length, once = self.calls.get(_subject(facts), (1, 0.0))
         seconds = once * facts["length"] / length
         if length > 1 and seconds > SURELY * CALL_SECONDS:
-            pytest.skip(f"one call would take {seconds:.0f} s or more, by T = {length:,}; --full times it")
+            pytest.skip(f"{self.benchmark.name}: a call would take {seconds:.0f} s by T = {length:,}, {LONG}")
 
 
 def _subject(facts: Mapping[str, Any]) -> tuple[str, ...]:
