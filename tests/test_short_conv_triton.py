@@ -8,7 +8,7 @@ from tests.triton_interpreter import run
 
 
 def test_values_and_gradients() -> None:
-    assert run("short_conv_values.py", interpret=True, share=2) >= 140
+    assert run("short_conv_values.py", interpret=True, share=2) >= 115
 
 
 def test_representative_kernels() -> None:

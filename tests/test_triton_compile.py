@@ -7,10 +7,8 @@ import pytest
 from tests.triton_interpreter import run
 
 
-# In two halves, for two cores
-@pytest.mark.parametrize("half, kernels", [("not backward", 15), ("backward", 12)])
-def test_representative_kernels(half: str, kernels: int) -> None:
-    assert run("triton_compile.py", "-m", "not long", "-k", half, interpret=False, share=4) >= kernels
+def test_representative_kernels() -> None:
+    assert run("triton_compile.py", "-m", "not long", interpret=False, share=4) >= 25
 
 
 @pytest.mark.long

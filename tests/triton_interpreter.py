@@ -26,6 +26,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TESTS = Path(__file__).parent
 
@@ -56,11 +58,15 @@ def run(script: str, *arguments: str, interpret: bool, share: int = 1) -> int:
 
 @dataclass
 class Traffic:
-    """What the kernels launched inside `counting` did to global memory, in bytes of unmasked elements."""
+    """What the kernels launched inside `counting` did to global memory, in bytes of unmasked elements.
+
+    outside: what torch's own operations did, each of whose inputs is read once and each of whose outputs written once.
+    """
 
     launches: int = 0
     read: int = 0
     written: int = 0
+    outside: int = 0
 
     @property
     def moved(self) -> int:
@@ -83,15 +89,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 _kernels = 0
 _counting: list[Traffic] = []
+# Is the interpreter at work? What it does with tensors is not the program's doing
+_launching = False
+
+
+class _Outside(TorchDispatchMode):
+    """Counts torch's operations, but for views and for memory that nothing is written to."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self.traffic = traffic
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not (_launching or func.is_view or "empty" in func.__name__):
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, found)) if isinstance(x, torch.Tensor)}
+            self.traffic.outside += sum(x.numel() * x.element_size() for x in tensors.values())
+        return found
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[Traffic]:
-    """Counts what the kernels launched inside the block read and write."""
+    """Counts what the kernels launched inside the block read and write, and what torch does around them."""
     traffic = Traffic()
     _counting.append(traffic)
     try:
-        yield traffic
+        with _Outside(traffic):
+            yield traffic
     finally:
         _counting.remove(traffic)
 
@@ -162,10 +186,15 @@ def _interpreter_patches() -> Iterator[Any]:
         return patch_language(function)
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _launching
         patched.clear()
         for traffic in _counting:
             traffic.launches += 1
-        return call(self, *args, **kwargs)
+        _launching = True
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            _launching = False
 
     # The builder's other casts call cast_impl, its unmasked loads and stores the masked ones
     yield mock.patch.multiple(builder, cast_impl=cast_impl, create_fp_to_fp=create_fp_to_fp)

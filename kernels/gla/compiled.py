@@ -3,7 +3,9 @@
     S_c = diag(total_c) S_{c-1} + X_c   over chunks c, and for the gradient the same against time
 
 On CPU a few chunks at a time are worked on, so that what they need stays in the cache, and everything runs as it is.
-Elsewhere all chunks are worked on at once and the states between them are a scan of log T steps.
+Elsewhere all chunks are worked on at once and the states between them are a scan of log T steps, which may be code that
+Inductor generates (kernels/scan/compiled.py): one graph for all lengths. The algebra inside a chunk stays as it is. Its
+halves of halves, written in place, make a graph for every number of chunks, and minutes of compilation each.
 """
 
 from __future__ import annotations
@@ -20,15 +22,14 @@ from kernels.packing import Packing
 from kernels.problem import Problem, state_dtype
 from kernels.scan import compiled as scan
 
-# of the scan over the states between chunks
-SCAN = {"chunk": 16, "inductor": 0}
-
 
 def configs(problem: Problem) -> Sequence[Mapping[str, int]]:
-    """chunk: rows of a chunk. rows: how many, over all sequences and heads, are worked on at a time; 0: all."""
+    """chunk: rows of a chunk. rows: how many, over all sequences and heads, are worked on at a time; 0: all. inductor:
+    whether the scan over the states between chunks is generated code."""
     if problem.device.type == "cpu":
         return [{"chunk": 32, "rows": 8192}, {"chunk": 64, "rows": 8192}, {"chunk": 16, "rows": 0}]
-    return [{"chunk": 64, "rows": 0}, {"chunk": 32, "rows": 0}]
+    eager = [{"chunk": 64, "rows": 0}, {"chunk": 32, "rows": 0}]
+    return [*eager, *({**config, "inductor": 1} for config in eager)]
 
 
 @dataclass
@@ -122,15 +123,16 @@ class States:
     leave them. An empty sequence keeps what was given.
     """
 
-    def __init__(self, rows: Rows, given: Tensor, reverse: bool, at_once: bool) -> None:
-        self.rows, self.given, self.reverse, self.at_once = rows, given, reverse, at_once
+    def __init__(self, rows: Rows, given: Tensor, reverse: bool, config: Mapping[str, int]) -> None:
+        self.rows, self.given, self.reverse, self.at_once = rows, given, reverse, not config["rows"]
+        self.config = {"chunk": 16, "inductor": config.get("inductor", 0)}
         self.found = given.clone()
         # of packed sequences the first chunk in time replaces it
         self.running = given.flatten(0, 1) if rows.index is None else given[0]
         if rows.owner is not None and rows.first is not None and rows.last is not None:
             last = torch.arange(rows.count, device=given.device) == rows.last[rows.owner]
             self.enters, self.leaves = (last, rows.first) if reverse else (rows.first, last)
-            if not at_once:
+            if not self.at_once:
                 self.marks = list(zip(rows.owner.tolist(), self.enters.tolist(), self.leaves.tolist()))
 
     def step(self, a: Tensor, b: Tensor, total: Tensor | None, start: int, stop: int) -> Tensor:
@@ -172,7 +174,7 @@ class States:
             at_start = given[rows.owner]
             X, A = torch.where(enters, A * at_start + X, X), torch.where(enters, 0, A)
         entering, last = scan.states(
-            A.flatten(1)[None], X.flatten(1)[None], self.running.flatten()[None], False, self.reverse, SCAN
+            A.flatten(1)[None], X.flatten(1)[None], self.running.flatten()[None], False, self.reverse, self.config
         )
         entering = entering[0].view(X.shape)
         if rows.owner is None or rows.last is None:
@@ -207,7 +209,7 @@ def forward(
     rows = problem.rows
     v, initial = problem.v, _given(initial_state, q, v, rows.packing.sequences)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
-    states = States(rows, initial, False, not config["rows"])
+    states = States(rows, initial, False, config)
     for start, stop in problem.parts():
         q_, k_, v_ = (rows.read(x, start, stop, dtype) for x in (problem.q, problem.k, v))
         chunks = problem.chunks(q_, k_, start, stop, False)
@@ -234,7 +236,7 @@ def backward(
     """(dq, dk, dv, dlog_decay, dinitial_state, dbonus), each None where `needs` says so."""
     dtype = state_dtype(q.dtype)
     problem = _Problem(q, k, v, log_decay, bonus, cu_seqlens, config)
-    rows, at_once = problem.rows, not config["rows"]
+    rows = problem.rows
     initial = _given(initial_state, q, v, rows.packing.sequences)
     dy = rows.cut(torch.zeros_like(v) if dy is None else dy)
     q, k, v, log_decay = problem.q, problem.k, problem.v, problem.log_decay
@@ -242,11 +244,11 @@ def backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
         for x, need in zip((q, k, v, log_decay), needs)
     ]
-    states, entered = States(rows, initial, False, at_once), {}
+    states, entered = States(rows, initial, False, config), {}
     for start, stop in problem.parts():
         k_, v_ = rows.read(k, start, stop, dtype), rows.read(v, start, stop, dtype)
         entered[start] = states.step(*problem.summary(k_, start, stop, v_), start, stop)
-    dstates = States(rows, torch.zeros_like(initial) if dfinal_state is None else dfinal_state, True, at_once)
+    dstates = States(rows, torch.zeros_like(initial) if dfinal_state is None else dfinal_state, True, config)
     dbonus = None
     for start, stop in reversed(problem.parts()):
         dy_, q_, k_, v_ = (rows.read(x, start, stop, dtype) for x in (dy, q, k, v))

@@ -14,8 +14,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton_cases import size
+from triton_interpreter import counting
 
 import autotune
+from kernels import foreign
 from kernels.agreement import Expected, Inputs, draw, pose
 from kernels.catalogue import OPS
 from kernels.explain import explain
@@ -124,6 +127,17 @@ def test_what_is_kept_in_16_bits_on_the_way_is_refused() -> None:
     # the interpreter computes with the bits of bfloat16
     inputs = posed("delta_rule", "backward", torch.float16, T=149, log_decay=False)
     assert "is off by" in (differences(inputs, "chunk_delta_rule")["chunk_delta_rule"] or "")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 2.1), (torch.bfloat16, 4.5)], ids=str)
+def test_how_many_times_the_least_bytes_their_chunked_hgrn_moves(dtype: torch.dtype, times: float) -> None:
+    """Forward, the casts around its kernels included; docs/derivations/scan.md has it beside ours."""
+    theirs = foreign.function("fla.ops.hgrn:chunk_hgrn")
+    x, g = torch.randn(1, 512, 64).to(dtype), -torch.rand(1, 512, 64).to(dtype)
+    with counting() as traffic:
+        h, _ = theirs(x=x, g=g)
+    assert (traffic.moved + traffic.outside) / size(x, g, h) == pytest.approx(times, abs=0.05)
 
 
 @pytest.mark.parametrize(

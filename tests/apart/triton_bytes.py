@@ -1,4 +1,4 @@
-"""How many bytes the Triton scan moves, counted in the interpreter. See test_triton_bytes.py."""
+"""How many bytes the Triton scan moves, counted in the interpreter. See test_triton_values.py."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_every_byte_is_moved_once(
 
     with counting() as forward:
         h, final = backend.forward(a, x, initial, cu_seqlens, reverse=False, config=default("forward", "x"))
-    assert forward.launches == 1
+    assert (forward.launches, forward.outside) == (1, 0)
     least = size(a, x, initial, h, final)
     assert 0.97 * least <= forward.moved <= LIMIT * least
 
     with counting() as backward:
         saved, config = (h, dfinal, a, h, initial, cu_seqlens), default("backward", "h")
         gradients = backend.backward(*saved, reverse=False, needs=(True, True, True), config=config)
-    assert backward.launches == 1
+    assert (backward.launches, backward.outside) == (1, 0)
     assert backward.written == size(*gradients)
     least = size(h, dfinal, a, h, initial, *gradients)
     assert 0.97 * least <= backward.moved <= LIMIT * least
@@ -94,4 +94,13 @@ def test_the_count_sees_masks_and_second_reads() -> None:
     x, y = torch.rand(2, 16)
     with counting() as traffic:
         _twice[(1,)](x, y, SIZE=16)
-    assert (traffic.launches, traffic.read, traffic.written) == (1, 4 * (10 + 16), 4 * 16)
+    assert (traffic.launches, traffic.read, traffic.written, traffic.outside) == (1, 4 * (10 + 16), 4 * 16, 0)
+
+
+def test_the_count_sees_what_torch_does() -> None:
+    x = torch.rand(16)
+    with counting() as traffic:
+        torch.empty_like(x).view(4, 4).t()
+        assert traffic.outside == 0
+        x.to(torch.bfloat16)
+    assert traffic.outside == 16 * (4 + 2)
