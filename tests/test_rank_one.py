@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import jit_cpp, rank_one
+from kernels import jit_cpp, pool, rank_one
 from kernels.agreement import Expected, Inputs, draw, pose
 from kernels.catalogue import OPS
 from kernels.delta_rule import native
@@ -27,6 +28,15 @@ SIZES = (
     {"B": 3, "T": 18, "H": 3, "K": 5, "V": 150},
     {"B": 2, "T": 5, "H": 4, "K": 260, "V": 33},
 )
+
+# takes as much scratch as it is told
+SCRATCH = """
+#include "{work}"
+extern "C" int take(const int64_t* fields) {{
+    auto nothing = [](int64_t, float*, int64_t) {{}};
+    return unless_out_of_memory([&] {{ parallel_with_scratch<float>(2, 2, fields[0], nothing); }});
+}}
+"""
 
 
 def inputs_of(op: Op, direction: str, sizes: dict[str, int], dtype: torch.dtype, J: int, packed: bool) -> Inputs:
@@ -92,3 +102,34 @@ def test_hard_decays(name: str, packed: bool) -> None:
                 given.copy_(values[torch.randint(len(values), given.shape, generator=generator)])
         wrong = Expected.of(inputs).difference(inputs.call(OPS[name].backend("native"), {})())
         assert wrong is None, f"{wrong} ({inputs.problem})"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_states_fill_their_room(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states that the backward pass keeps lie in a tensor that is as large as those of its largest part."""
+    monkeypatch.setattr(rank_one, "SERIAL_SIZE", math.inf)
+    rooms: list[Tensor] = []
+
+    def room(*shape: int, dtype: torch.dtype) -> Tensor:
+        behind = torch.full((math.prod(shape) + 64,), math.nan, dtype=dtype)
+        rooms.append(behind)
+        return behind[:-64].view(shape)
+
+    monkeypatch.setattr(pool, "empty", room)
+    for sizes in SIZES:
+        for dtype, packed in ((torch.float32, True), (torch.float64, False)):
+            inputs_of(OPS[name], "backward", sizes, dtype, sizes["K"], packed).call(OPS[name].backend("native"), {})()
+            *_, last = rooms
+            assert last[-64:].isnan().all()
+            assert not last[-65].isnan()
+
+
+def test_what_there_is_no_memory_for_raises(tmp_path: Path) -> None:
+    source = tmp_path / "native.cpp"
+    source.write_text(SCRATCH.format(work=Path(jit_cpp.__file__).parent / "work.h"))
+    take = jit_cpp.load(source).checked_function("take", 1)
+    take(1 << 10)
+    with pytest.raises(MemoryError, match="take: out of memory"):
+        take(1 << 55)
+    with pytest.raises(RuntimeError, match="memory"):
+        pool.empty(1 << 55, dtype=torch.float32)
