@@ -4,22 +4,6 @@
 #include "exp.h"
 #include "work.h"
 
-// While it lives, numbers of this thread that are too small to be normal are zero: a state that fades away would cost
-// a hundred times as much.
-class FlushDenormals {
-#if defined(__x86_64__)
-    unsigned before = _mm_getcsr();
-
-  public:
-    FlushDenormals() { _mm_setcsr(before | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(before); }
-#else
-  public:
-    FlushDenormals() {}
-#endif
-    FlushDenormals(const FlushDenormals&) = delete;
-};
-
 // Lane i of the result is lane PICK(i) of a and b, one behind the other.
 template <int (*PICK)(int), class V, int... I>
 INLINE V shuffle(V a, V b, std::integer_sequence<int, I...>) {

@@ -1,7 +1,9 @@
 // Walking through sequences [B, T, columns] row by row: what a kernel reads and writes, and who does which part.
 #pragma once
 #include <algorithm>
+#include <functional>
 
+#include "parallel.h"
 #include "simd.h"
 
 // A tile's state is held in the L1 cache, which it shares with the rows that pass by.
@@ -14,6 +16,10 @@ struct Sequences {
     int64_t count, rows, columns;
     int64_t reverse, threads;
     int64_t block, around_cache;
+    // into how many chunks the rows of every sequence are split, each a tile's, and if into more than one what is known
+    // of chunks: [3, count, split, columns] numbers of states
+    int64_t split;
+    void* chunks;
 };
 
 // How a tensor's rows lie in memory, in elements; columns lie side by side.
@@ -24,6 +30,10 @@ struct Strides {
 // A part of one sequence: rows x columns.
 struct Tile {
     int64_t sequence, batch, first_row, rows, column, columns;
+    // among the chunks of all sequences
+    int64_t number;
+    // of the sequence, there are rows before these in time
+    bool continues = false;
 };
 
 // Cuts sequences into blocks of columns: as wide as possible while each thread gets several tiles, or at least one.
@@ -33,13 +43,14 @@ struct Tiling {
     int64_t blocks, width;
 
     explicit Tiling(const Sequences& s) : sequences(s) {
+        const int64_t threads = s.split > 1 ? 1 : s.threads;
         // whole lines in the narrowest format, and so whole pairs and vectors
         constexpr int64_t unit = 2 * kCacheLine / sizeof(S), narrow = 8 * unit;
         const int64_t widest = std::clamp<int64_t>(s.block, unit, kStateBytes / sizeof(S)) / unit * unit;
         int64_t total = s.cu_seqlens ? s.rows : s.count * s.rows, longest = s.cu_seqlens ? 0 : s.rows;
         for (int64_t n = 0; s.cu_seqlens && n < s.count; ++n)
             longest = std::max(longest, s.cu_seqlens[n + 1] - s.cu_seqlens[n]);
-        auto blocks_for = [&](int64_t tiles) { return (s.threads * tiles * longest + total - 1) / total; };
+        auto blocks_for = [&](int64_t tiles) { return (threads * tiles * longest + total - 1) / total; };
         int64_t wanted = std::max(blocks_for(1), std::min(blocks_for(4), s.columns / narrow));
         width = (s.columns + wanted - 1) / wanted;
         width = std::min((width + unit - 1) / unit * unit, widest);
@@ -50,7 +61,7 @@ struct Tiling {
 
     Tile operator[](int64_t i) const {
         int64_t n = i / blocks, column = i % blocks * width;
-        Tile t{n, n, 0, sequences.rows, column, std::min(width, sequences.columns - column)};
+        Tile t{n, n, 0, sequences.rows, column, std::min(width, sequences.columns - column), n};
         if (const int64_t* first = sequences.cu_seqlens) {
             t.batch = 0;
             t.first_row = first[n];
@@ -152,4 +163,79 @@ void with_width(int64_t columns, const F& f) {
     if constexpr (full > 4)
         if (columns >= 4) return f.template operator()<4>();
     f.template operator()<least>();
+}
+
+// out = P s + E, of n numbers, or of n / 2 pairs.
+template <class S>
+void next_start(const S* P, const S* E, const S* s, S* out, int64_t n, bool pairs) {
+    for (int64_t c = 0; c < n; c += pairs ? 2 : 1) {
+        out[c] = P[c] * s[c] + E[c];
+        if (!pairs) continue;
+        out[c] -= P[c + 1] * s[c + 1];
+        out[c + 1] = P[c] * s[c + 1] + P[c + 1] * s[c] + E[c + 1];
+    }
+}
+
+// Walks through every tile, forwards in time or backwards: walk(tile, start, end) with the tile's part of `first` or
+// null, and of `last` or null, [count, columns]; a channel has `parts` columns, and tiling counts channels.
+//
+// Where time is split, a chunk takes the state s before it to P s + E. Each sequence's first chunk is walked through at
+// once, of the others but the last summarise(tile, P, E) finds out these, numbers or pairs; with the states between chunks
+// all but the first are walked through. Functions are no template parameters, so that this is compiled once.
+template <class S>
+void for_tiles(const Tiling<S>& tiling, bool backwards, bool pairs, int64_t parts, const void* first, void* last,
+               const std::function<Tile(int64_t)>& tile,
+               const std::function<void(const Tile&, const S* start, S* end)>& walk,
+               const std::function<void(const Tile&, S* product, S* end)>& summarise) {
+    const Sequences& s = tiling.sequences;
+    const int64_t split = s.split, width = s.columns * parts, later = split - 1;
+    S* const product = static_cast<S*>(s.chunks);
+    S* const end = product + s.count * split * width;
+    S* const start = end + s.count * split * width;
+    auto of = [&](const void* states, const Tile& t) {
+        return states ? static_cast<S*>(const_cast<void*>(states)) + t.sequence * width + t.column * parts : nullptr;
+    };
+    auto at = [&](S* known, const Tile& t, int64_t chunk) {
+        return known + (t.sequence * split + chunk) * width + t.column * parts;
+    };
+    auto in_parallel = [&](int64_t n, const auto& f) {
+        parallel_for(n, s.threads, [&](int64_t i) {
+            FlushDenormals flush;
+            f(i);
+            finish_stores();
+        });
+    };
+    // the chunk that is walked through as the n-th
+    auto cut = [&](Tile t, int64_t n) {
+        const int64_t chunk = backwards ? later - n : n;
+        const int64_t from = t.rows * chunk / split, to = t.rows * (chunk + 1) / split;
+        t.continues = s.reverse ? to < t.rows : from > 0;
+        t.first_row += from, t.rows = to - from, t.number = t.sequence * split + n;
+        return t;
+    };
+    if (split == 1) {
+        in_parallel(tiling.tiles(), [&](int64_t i) {
+            const Tile t = tile(i);
+            walk(t, of(first, t), of(last, t));
+        });
+        return;
+    }
+    in_parallel(tiling.tiles() * later, [&](int64_t i) {
+        const int64_t n = i % later;
+        const Tile t = cut(tile(i / later), n);
+        if (n == 0) walk(t, of(first, t), at(end, t, 0));
+        else summarise(t, at(product, t, n), at(end, t, n));
+    });
+    in_parallel(tiling.tiles(), [&](int64_t i) {
+        const Tile t = tile(i);
+        std::copy_n(at(end, t, 0), t.columns * parts, at(start, t, 1));
+        for (int64_t n = 1; n < later; ++n)
+            next_start(at(product, t, n), at(end, t, n), at(start, t, n), at(start, t, n + 1), t.columns * parts,
+                       pairs);
+    });
+    in_parallel(tiling.tiles() * later, [&](int64_t i) {
+        const int64_t n = i % later + 1;
+        const Tile t = cut(tile(i / later), n);
+        walk(t, at(start, t, n), n == later ? of(last, t) : nullptr);
+    });
 }

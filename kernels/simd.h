@@ -74,6 +74,22 @@ INLINE Vec<S, W> for_parts(const F& f) {
 template <class V>
 using Lane = std::remove_cvref_t<decltype(std::declval<V>()[0])>;
 
+// While it lives, numbers of this thread that are too small to be normal are zero: a state that fades away would cost
+// ten or a hundred times as much.
+class FlushDenormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+
+  public:
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#else
+  public:
+    FlushDenormals() {}
+#endif
+    FlushDenormals(const FlushDenormals&) = delete;
+};
+
 // The number of lanes of a vector.
 template <class V>
 constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);

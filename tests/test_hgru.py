@@ -14,6 +14,7 @@ from kernels import jit_cpp
 from kernels.agreement import Expected, draw, pose
 from kernels.hgru import OP, hgru, native
 from kernels.hgru.gates import ACTIVATIONS
+from kernels.memory import DTYPES
 
 CPU = torch.device("cpu")
 
@@ -131,7 +132,7 @@ def any_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("any_threads")
 @pytest.mark.parametrize("columns", [1, 17, 41, 1030, 2049])
 @pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("dtype", native.FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_depend_neither_on_threads_nor_on_config(columns: int, pairs: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(columns)
     packed, reverse = columns % 2 == 0, columns % 3 == 0
@@ -153,6 +154,35 @@ def test_bits_depend_neither_on_threads_nor_on_config(columns: int, pairs: bool,
         torch.set_num_threads(threads)
         for got, wanted in zip(run({"block": block, "around_cache_mib": around}), expected):
             assert torch.equal(got, wanted), (threads, block)
+
+
+@pytest.mark.usefixtures("any_threads")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("columns", [3, 41])
+def test_split_time_is_the_same(columns: int, pairs: bool, packed: bool) -> None:
+    """Empty sequences and chunks, chunks of a row, any number of threads."""
+    torch.manual_seed(columns)
+    sizes = {"B": 1 if packed else 2, "N": 4 if packed else 2, "T": 29, "D": columns}
+    cu_seqlens = torch.tensor([0, 2, 2, 21, 29]) if packed else None
+    given = list(OP.sample(sizes, dtype=torch.float64, theta=pairs).values())
+    states, dh = torch.randn_like(given[4]), torch.randn_like(given[0])  # type: ignore[arg-type]
+
+    def run(reverse: bool, split: int, threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        options: dict[str, Any] = {"activation": "silu", "reverse": reverse}
+        options["config"] = {"block": 2048, "around_cache_mib": 24, "split": split}
+        h, final = native.forward(*given, cu_seqlens, **options)
+        residuals = (given[0], given[1], h, *given[2:])
+        grads = native.backward(dh, states, *residuals, cu_seqlens, needs=(True,) * 5, **options)
+        return [h, final, *[g for g in grads if g is not None]]
+
+    for reverse in (False, True):
+        expected = run(reverse, 1, 1)
+        for split in (2, 3, 8):
+            for one, two, wanted in zip(run(reverse, split, 1), run(reverse, split, 2), expected):
+                assert torch.equal(one, two)
+                torch.testing.assert_close(one, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("any_threads")

@@ -1,6 +1,5 @@
 // HGRN's gates and scan in one pass, and their gradient in another: threads over sequences and blocks of channels, rows
 // streamed in time. Complex channels are held apart in real and imaginary parts while they are computed with.
-#include "../parallel.h"
 #include "../rows.h"
 #include "activation.h"
 
@@ -27,10 +26,10 @@ struct Backward {
     const void* dfinal_state;
     void *di, *df, *dinitial_state;                // null where not needed
     void *dlower_bound, *dtheta;                   // [channels], null where not needed
-    void *lower_bound_partials, *theta_partials;   // [N, channels]
+    void *lower_bound_partials, *theta_partials;   // [N * split, channels]
 };
 
-static_assert(sizeof(Forward) == 23 * 8 && sizeof(Backward) == 35 * 8, "native.py packs this many fields");
+static_assert(sizeof(Forward) == 25 * 8 && sizeof(Backward) == 37 * 8, "native.py packs this many fields");
 
 // W channels: their numbers, or real and imaginary parts.
 template <class S, bool PAIRS, int W>
@@ -181,10 +180,10 @@ struct Sum {
     }
 };
 
-// The part of a tensor [N, channels] that belongs to a tile.
+// The part of a tensor [.., channels] that belongs to a tile, in row n.
 template <class S>
-S* part(const void* p, int64_t parts, const Tile& t, const Sequences& s) {
-    return p ? static_cast<S*>(const_cast<void*>(p)) + (t.sequence * s.columns + t.column) * parts : nullptr;
+S* part(const void* p, int64_t n, int64_t parts, const Tile& t, const Sequences& s) {
+    return p ? static_cast<S*>(const_cast<void*>(p)) + (n * s.columns + t.column) * parts : nullptr;
 }
 
 // Likewise of [channels].
@@ -234,7 +233,8 @@ INLINE void prefetch(const R& rows, int64_t c) {
 }
 
 template <class T, bool PAIRS, Kind KIND, int W>
-void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
+void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile& t, const StateOf<T>* start,
+                  StateOf<T>* end) {
     using S = StateOf<T>;
     using V = Vec<S, W>;
     const Given& g = p.given;
@@ -245,7 +245,7 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
     Output<T> h(p.h, packed<PAIRS>(tiling.contiguous()), wide, backwards, tiling.around_cache());
     const Constants<T, PAIRS, W> constant(g, t);
     State<T, PAIRS> state;
-    state.template enter<W>(part<S>(g.initial_state, parts<PAIRS>, t, g.sequences), n);
+    state.template enter<W>(start, n);
     for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(wide.columns)) {
         for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
             prefetch<false, W>(f, c), prefetch<PAIRS, W>(i, c), prefetch<PAIRS, W>(h, c);
@@ -267,7 +267,7 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
             write<PAIRS, W>(h.row, c, x);
         });
     }
-    state.template leave<W>(part<S>(p.final_state, parts<PAIRS>, t, g.sequences), n);
+    if (end) state.template leave<W>(end, n);
 }
 
 // A walk against time: its rows, what is carried from one to the one before it, and what is added up.
@@ -346,26 +346,71 @@ OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const H* h_before
 }
 
 template <class T, bool PAIRS, Kind KIND, int W>
-void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
+void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Tile& t, const StateOf<T>* start,
+                   StateOf<T>* end) {
     using S = StateOf<T>;
     const Sequences& s = p.given.sequences;
     const int64_t n = t.columns;
     Gradient<T, PAIRS, W> g(p, tiling, t, tiling.around_cache());
-    g.carry.template enter<W>(part<S>(p.dfinal_state, parts<PAIRS>, t, s), n);
+    g.carry.template enter<W>(start, n);
     g.dlower_bound.template start<W>(p.dlower_bound, n);
     g.dtheta.template start<W>(PAIRS ? p.dtheta : nullptr, n);
-    for (int64_t r = 1; r < t.rows; ++r) {
+    for (int64_t r = t.continues ? 0 : 1; r < t.rows; ++r) {
         g.before.next();
         backward_row<KIND, W>(g, n, g.before.row);
         if (r % Sum<T, PAIRS>::kRun == 0) g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
     }
-    const S* initial_state = part<S>(p.given.initial_state, parts<PAIRS>, t, s);
+    const S* initial_state = part<S>(p.given.initial_state, t.sequence, parts<PAIRS>, t, s);
     if (initial_state == nullptr) initial_state = reinterpret_cast<const S*>(zeros);
-    if (t.rows > 0) backward_row<KNOWN_LATER, W>(g, n, initial_state);
+    if (t.rows > 0 && !t.continues) backward_row<KNOWN_LATER, W>(g, n, initial_state);
     g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
-    if (p.dinitial_state) g.carry.template leave<W>(part<S>(p.dinitial_state, parts<PAIRS>, t, s), n);
-    g.dlower_bound.template leave<W>(part<S>(p.lower_bound_partials, 1, t, s), n);
-    g.dtheta.template leave<W>(part<S>(p.theta_partials, 1, t, s), n);
+    if (end) g.carry.template leave<W>(end, n);
+    g.dlower_bound.template leave<W>(part<S>(p.lower_bound_partials, t.number, 1, t, s), n);
+    g.dtheta.template leave<W>(part<S>(p.theta_partials, t.number, 1, t, s), n);
+}
+
+// What a tile does to a state: the product of its decays, and its end from zeros: h, or conj(decay[t]) dh against time.
+template <class T, bool PAIRS, int W, bool BACKWARD>
+void summarise(const Given& g, const void* dh, Strides dh_strides, const Tile& t, StateOf<T>* product,
+               StateOf<T>* end) {
+    using S = StateOf<T>;
+    using V = Vec<S, W>;
+    const bool backwards = g.sequences.reverse != BACKWARD;
+    Rows<T> f(g.f, g.f_strides, t, backwards);
+    Rows<T> added(BACKWARD ? dh : g.i, BACKWARD ? dh_strides : g.i_strides, numbers<PAIRS>(t), backwards);
+    const Constants<S, PAIRS, W> constant(g, t);
+    State<S, PAIRS> products, state;
+    state.template enter<W>(nullptr, t.columns);
+    for_vectors<W>(t.columns, false, [&](int64_t, int64_t slot) {
+        products.template set<W>(slot, {V{} + 1, V{}});
+    });
+    for (int64_t r = 0; r < t.rows; ++r, f.next(), added.next()) {
+        for_vectors<W>(t.columns, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+            prefetch<false, W>(f, c), prefetch<PAIRS, W>(added, c);
+            V gate, rest, upper = load<W>(constant.upper.at + slot);
+            open_sigmoids<W, S, kShort<T>>(load<W>(f.row + c), gate, rest);
+            V decay = upper * gate + load<W>(constant.lower.at + slot), share = upper * rest;
+            auto s = state.template get<W>(slot), p = products.template get<W>(slot), x = read<PAIRS, W>(added.row, c);
+            if constexpr (BACKWARD) {
+                s.re += x.re, s.im += x.im;
+            } else {
+                x.re = share * activated<KNOWN_LATER, W, S, kShort<T>>(g.kind, x.re);
+                if constexpr (PAIRS) x.im = share * activated<KNOWN_LATER, W, S, kShort<T>>(g.kind, x.im);
+            }
+            auto times_decay = [&](Channels<S, PAIRS, W> v) INLINE_BODY {
+                if constexpr (!PAIRS) return Channels<S, PAIRS, W>{decay * v.re, v.im};
+                V re = decay * load<W>(constant.cos + c), im = decay * load<W>(constant.sin + c);
+                if (BACKWARD) im = -im;
+                return Channels<S, PAIRS, W>{re * v.re - im * v.im, re * v.im + im * v.re};
+            };
+            products.template set<W>(slot, times_decay(p));
+            s = times_decay(s);
+            if (!BACKWARD) s.re += x.re, s.im += x.im;
+            state.template set<W>(slot, s);
+        });
+    }
+    products.template leave<W>(product, t.columns);
+    state.template leave<W>(end, t.columns);
 }
 
 // sums[c] = the sum of partials[n][c] over n, of runs first.
@@ -378,9 +423,10 @@ void add_up(void* sums, const void* partials, const Sequences& s) {
     parallel_for((s.columns + block - 1) / block, s.threads, [&](int64_t b) {
         int64_t first = b * block, n = std::min(block, s.columns - first);
         std::fill_n(out + first, n, S(0));
-        for (int64_t start = 0; start < s.count; start += run) {
+        const int64_t rows = s.count * s.split;
+        for (int64_t start = 0; start < rows; start += run) {
             S of_run[block] = {};
-            for (int64_t k = start; k < std::min(start + run, s.count); ++k)
+            for (int64_t k = start; k < std::min(start + run, rows); ++k)
                 for (int64_t c = 0; c < n; ++c) of_run[c] += from[k * s.columns + first + c];
             for (int64_t c = 0; c < n; ++c) out[first + c] += of_run[c];
         }
@@ -390,6 +436,7 @@ void add_up(void* sums, const void* partials, const Sequences& s) {
 template <class Problem, class T, bool PAIRS>
 void run(const Problem& p) {
     using S = StateOf<T>;
+    constexpr bool backward = std::is_same_v<Problem, Backward>;
     const Given& g = p.given;
     constexpr int full = kVectorBytes / sizeof(S), twice = sizeof(S) == 4 ? 2 * full : full;
     constexpr int64_t fit = kStateBytes / sizeof(S) / parts<PAIRS>;
@@ -399,19 +446,31 @@ void run(const Problem& p) {
     Tiling<S> tiling(sequences);
     // Fewer columns than fill a group go to the block before them: vectors of another width would round differently.
     if (tiling.blocks > 1 && sequences.columns - (tiling.blocks - 1) * tiling.width < twice) --tiling.blocks;
-    parallel_for(tiling.tiles(), sequences.threads, [&](int64_t number) {
+    auto tile = [&](int64_t number) {
         Tile t = tiling[number];
         if (sequences.columns - t.column - t.columns < twice) t.columns = sequences.columns - t.column;
-        auto tile = [&]<Kind KIND, int W>() {
-            if constexpr (std::is_same_v<Problem, Forward>) forward_tile<T, PAIRS, KIND, W>(p, tiling, t);
-            else backward_tile<T, PAIRS, KIND, W>(p, tiling, t);
+        return t;
+    };
+    auto walk = [&](const Tile& t, const S* start, S* end) {
+        auto with = [&]<Kind KIND, int W>() {
+            if constexpr (backward) backward_tile<T, PAIRS, KIND, W>(p, tiling, t, start, end);
+            else forward_tile<T, PAIRS, KIND, W>(p, tiling, t, start, end);
         };
-        if (t.columns < full) tile.template operator()<KNOWN_LATER, 1>();
-        else if (twice == full || t.columns < twice || g.kind != SILU) tile.template operator()<KNOWN_LATER, full>();
-        else if constexpr (twice > full) tile.template operator()<SILU, twice>();
-        finish_stores();
-    });
-    if constexpr (std::is_same_v<Problem, Backward>) {
+        if (t.columns < full) with.template operator()<KNOWN_LATER, 1>();
+        else if (twice == full || t.columns < twice || g.kind != SILU) with.template operator()<KNOWN_LATER, full>();
+        else if constexpr (twice > full) with.template operator()<SILU, twice>();
+    };
+    const void *dh = nullptr, *first;
+    void* last;
+    Strides dh_strides{};
+    if constexpr (backward) dh = p.dh, dh_strides = p.dh_strides, first = p.dfinal_state, last = p.dinitial_state;
+    else first = g.initial_state, last = p.final_state;
+    auto summary = [&](const Tile& t, S* product, S* end) {
+        auto f = t.columns < full ? summarise<T, PAIRS, 1, backward> : summarise<T, PAIRS, full, backward>;
+        f(g, dh, dh_strides, t, product, end);
+    };
+    for_tiles<S>(tiling, sequences.reverse != backward, PAIRS, parts<PAIRS>, first, last, tile, walk, summary);
+    if constexpr (backward) {
         add_up<S>(p.dlower_bound, p.lower_bound_partials, g.sequences);
         add_up<S>(PAIRS ? p.dtheta : nullptr, p.theta_partials, g.sequences);
     }

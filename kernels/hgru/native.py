@@ -2,14 +2,14 @@
 columns. See native.cpp.
 
 Gates and states are float32 (float64 for float64), also where the sequences are float16 or bfloat16. The bits of the
-results depend neither on the number of threads nor on the config: gradients of the lower bound and the angles are
-summed over the rows of each sequence first, whoever computes these.
+results depend neither on the number of threads nor on the config, but on how often it splits time: gradients of the
+lower bound and the angles are summed over the rows of each chunk first, whoever computes these.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from kernels import jit_cpp, pool
 from kernels.hgru.gates import ACTIVATIONS
-from kernels.memory import address, contiguous, side_by_side
+from kernels.memory import DTYPES, address, bounds, contiguous, no_kernel, sequences, side_by_side
 from kernels.problem import Problem, state_dtype
+from kernels.scan.native import chunk_states, configs
+
+__all__ = ["backward", "cannot", "configs", "forward"]
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# in the order in which native.cpp counts them
-FORMATS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 16384
@@ -30,23 +31,10 @@ SERIAL_SIZE = 16384
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
-    if problem.dtypes["i"] not in FORMATS:
-        return [f"no kernel for i in {problem.dtypes['i']}"]
+    if wrong := no_kernel(problem, "i"):
+        return wrong
     reason = jit_cpp.reason(SOURCE)
     return [] if reason is None else [reason]
-
-
-def configs(problem: Problem) -> Sequence[dict[str, int]]:
-    """Candidates for the tuner, the default first.
-
-    block: a thread walks down at most so many columns side by side. around_cache_mib: outputs of this size together,
-    in MiB, are written around the cache.
-    """
-    return [
-        {"block": 2048, "around_cache_mib": 24},
-        {"block": 2048, "around_cache_mib": 8},
-        {"block": 1024, "around_cache_mib": 24},
-    ]
 
 
 def forward(
@@ -63,9 +51,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """h like i, and final_state [N, D] or [N, D, 2] in the state dtype."""
     h = pool.empty_like(i)
-    given = _Given(i, f, lower_bound, theta, initial_state, cu_seqlens)
+    given = _Given(i, f, lower_bound, theta, initial_state, cu_seqlens, config)
     final_state = i.new_empty((given.sequences, *i.shape[2:]), dtype=given.wide)
-    _function("hgru_forward", 23)(
+    _function("hgru_forward", 25)(
         *given.fields(activation, reverse, h.nbytes, config), h.data_ptr(), final_state.data_ptr()
     )
     return h, final_state
@@ -88,7 +76,7 @@ def backward(
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, ...]:
     """(di, df, dlower_bound, dtheta, dinitial_state), each like its input, or None where `needs` says so."""
-    given = _Given(i, f, lower_bound, theta, initial_state, cu_seqlens)
+    given = _Given(i, f, lower_bound, theta, initial_state, cu_seqlens, config)
     h, dh, dfinal_state = side_by_side(h), side_by_side(dh), contiguous(dfinal_state)
     di = pool.empty_like(i) if needs[0] else None
     df = pool.empty_like(f) if needs[1] else None
@@ -100,9 +88,9 @@ def backward(
     for number, parameter in enumerate((lower_bound, theta)):
         if needs[2 + number] and parameter is not None:
             sums[number] = parameter.new_empty(parameter.shape)
-            partials[number] = parameter.new_empty((given.sequences, *parameter.shape))
+            partials[number] = parameter.new_empty((given.sequences * given.split, *parameter.shape))
     written = sum(0 if t is None else t.nbytes for t in (di, df))
-    _function("hgru_backward", 35)(
+    _function("hgru_backward", 37)(
         *given.fields(activation, reverse, written, config),
         h.data_ptr(),
         address(dh),
@@ -124,11 +112,12 @@ class _Given:
         theta: Tensor | None,
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
+        config: Mapping[str, int],
     ) -> None:
         self.wide = state_dtype(i.dtype)
         self.i, self.f, self.initial_state = side_by_side(i), side_by_side(f), contiguous(initial_state)
-        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
-        self.sequences = i.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.cu_seqlens, self.sequences = bounds(cu_seqlens), sequences(i, cu_seqlens)
+        self.split, self.chunks = config.get("split", 1), chunk_states(i, cu_seqlens, config)
         self.lower_bound, self.turn = contiguous(lower_bound), None
         if theta is not None:
             self.turn = torch.stack((theta.cos(), theta.sin()))
@@ -148,7 +137,9 @@ class _Given:
             torch.get_num_threads() if i.numel() >= SERIAL_SIZE else 1,
             config["block"],
             written >= config["around_cache_mib"] << 20,
-            FORMATS[i.dtype],
+            self.split,
+            address(self.chunks),
+            DTYPES[i.dtype],
             i.ndim == 4,
             KINDS[activation],
             i.data_ptr(),

@@ -1,6 +1,5 @@
 // h[t] = a[t] h[t-1] + x[t] and its gradient: threads over sequences and blocks of columns, rows streamed in time.
 // A complex row [D, 2] is a real row of 2 D columns with another product.
-#include "../parallel.h"
 #include "../rows.h"
 
 namespace {
@@ -23,7 +22,7 @@ struct Backward {
     void *da, *dx, *dinitial_state;  // null where not needed
 };
 
-static_assert(sizeof(Forward) == 19 * 8 && sizeof(Backward) == 24 * 8, "native.py packs this many fields");
+static_assert(sizeof(Forward) == 21 * 8 && sizeof(Backward) == 26 * 8, "native.py packs this many fields");
 
 // a * s + x, or conj(a) * s + x.
 template <bool PAIRS, bool CONJ = false, class V>
@@ -37,16 +36,15 @@ S* part_of_state(const void* state, const Tile& t, const Sequences& s) {
     return state ? static_cast<S*>(const_cast<void*>(state)) + t.sequence * s.columns + t.column : nullptr;
 }
 
-template <class A, class T, bool PAIRS, int W>
-void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
-    using S = StateOf<T>;
+template <class A, class T, bool PAIRS, int W, class S>
+void walk(const Forward& p, const Tiling<S>& tiling, const Tile& t, const S* start, S* end) {
     const bool backwards = p.sequences.reverse;
     const int64_t n = t.columns;
     Rows<A> a(p.a, p.a_strides, t, backwards);
     Rows<T> x(p.x, p.x_strides, t, backwards);
     Output<T> h(p.h, tiling.contiguous(), t, backwards, tiling.around_cache());
     Slots<S> state;
-    state.template read<W>(part_of_state<S>(p.initial_state, t, p.sequences), n);
+    state.template read<W>(start, n);
     for (int64_t r = 0; r < t.rows; ++r, a.next(), x.next(), h.next(n)) {
         for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
             a.prefetch(c), x.prefetch(c), h.prefetch(c);
@@ -55,12 +53,11 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
             store(h.row + c, s);
         });
     }
-    state.template write<W>(part_of_state<S>(p.final_state, t, p.sequences), n);
+    if (end) state.template write<W>(end, n);
 }
 
-template <class A, class T, bool PAIRS, int W>
-void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Tile& t) {
-    using S = StateOf<T>;
+template <class A, class T, bool PAIRS, int W, class S>
+void walk(const Backward& p, const Tiling<S>& tiling, const Tile& t, const S* start, S* end) {
     const bool backwards = !p.sequences.reverse;
     const int64_t n = t.columns;
     Rows<A> a(p.a, p.a_strides, t, backwards);
@@ -69,7 +66,7 @@ void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Ti
     Output<T> dx(p.dx, tiling.contiguous(), t, backwards, tiling.around_cache());
     // conj(a[t+1]) g[t+1]
     Slots<S> carry;
-    carry.template read<W>(part_of_state<S>(p.dfinal_state, t, p.sequences), n);
+    carry.template read<W>(start, n);
 
     auto row = [&](auto* h_before) INLINE_BODY {
         for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
@@ -83,13 +80,41 @@ void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Ti
         da.next(n);
         dx.next(n);
     };
-    for (int64_t r = 1; r < t.rows; ++r, a.next(), dh.next()) {
+    for (int64_t r = t.continues ? 0 : 1; r < t.rows; ++r, a.next(), dh.next()) {
         before.next();
         row(before.row);
     }
     const S* initial_state = part_of_state<S>(p.initial_state, t, p.sequences);
-    if (t.rows > 0) row(initial_state ? initial_state : reinterpret_cast<const S*>(zeros));
-    if (p.dinitial_state) carry.template write<W>(part_of_state<S>(p.dinitial_state, t, p.sequences), n);
+    if (t.rows > 0 && !t.continues) row(initial_state ? initial_state : reinterpret_cast<const S*>(zeros));
+    if (end) carry.template write<W>(end, n);
+}
+
+// The product of a tile's decays, and its end where it starts from zeros: h, or conj(a[t]) g[t] against time.
+template <class A, class T, bool PAIRS, int W, bool BACKWARD, class S>
+void summarise(const void* a_data, Strides a_strides, const void* x_data, Strides x_strides, const Tile& t,
+               bool backwards, S* product, S* end) {
+    Rows<A> a(a_data, a_strides, t, backwards);
+    Rows<T> x(x_data, x_strides, t, backwards);
+    Slots<S> products, state;
+    state.template read<W>(nullptr, t.columns);
+    for_vectors<W>(t.columns, false, [&](int64_t, int64_t slot) {
+        Vec<S, W> one = {};
+        for (int i = 0; i < W; i += PAIRS ? 2 : 1) one[i] = 1;
+        store(products.at + slot, one);
+    });
+    for (int64_t r = 0; r < t.rows; ++r, a.next(), x.next()) {
+        for_vectors<W>(t.columns, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+            constexpr Vec<S, W> zero = {};
+            a.prefetch(c), x.prefetch(c);
+            auto decay = load<W>(a.row + c), s = load<W>(state.at + slot), added = load<W>(x.row + c);
+            if constexpr (BACKWARD) s = multiply_add<PAIRS, true>(decay, s + added, zero);
+            else s = multiply_add<PAIRS>(decay, s, added);
+            store(state.at + slot, s);
+            store(products.at + slot, multiply_add<PAIRS, BACKWARD>(decay, load<W>(products.at + slot), zero));
+        });
+    }
+    products.template write<W>(product, t.columns);
+    state.template write<W>(end, t.columns);
 }
 
 // Calls f with the formats of a and of x, and whether columns are pairs. kernels/memory.py counts them in this order.
@@ -110,16 +135,27 @@ void with_format(const Problem& p, const F& f) {
 
 template <class Problem>
 void run(const Problem& p) {
+    constexpr bool backward = std::is_same_v<Problem, Backward>;
+    const bool backwards = p.sequences.reverse != backward;
     with_format(p, [&]<class A, class T, bool PAIRS>() {
-        const Tiling<StateOf<T>> tiling(p.sequences);
-        parallel_for(tiling.tiles(), p.sequences.threads, [&](int64_t i) {
-            const Tile t = tiling[i];
-            with_width<StateOf<T>, PAIRS>(t.columns, [&]<int W>() {
-                if constexpr (std::is_same_v<Problem, Forward>) forward_tile<A, T, PAIRS, W>(p, tiling, t);
-                else backward_tile<A, T, PAIRS, W>(p, tiling, t);
-            });
-            finish_stores();
-        });
+        using S = StateOf<T>;
+        const Tiling<S> tiling(p.sequences);
+        const void *x, *first;
+        void* last;
+        Strides x_strides;
+        if constexpr (backward) x = p.dh, x_strides = p.dh_strides, first = p.dfinal_state, last = p.dinitial_state;
+        else x = p.x, x_strides = p.x_strides, first = p.initial_state, last = p.final_state;
+        auto walk_through = [&](const Tile& t, const S* start, S* end) {
+            with_width<S, PAIRS>(t.columns, [&]<int W>() { walk<A, T, PAIRS, W>(p, tiling, t, start, end); });
+        };
+        auto summary = [&](const Tile& t, S* product, S* end) {
+            constexpr int full = kVectorBytes / sizeof(S), least = PAIRS ? 2 : 1;
+            auto f = summarise<A, T, PAIRS, full, backward, S>;
+            if (t.columns < full) f = summarise<A, T, PAIRS, least, backward, S>;
+            f(p.a, p.a_strides, x, x_strides, t, backwards, product, end);
+        };
+        auto tile = [&](int64_t i) { return tiling[i]; };
+        for_tiles<S>(tiling, backwards, PAIRS, 1, first, last, tile, walk_through, summary);
     });
 }
 
