@@ -1,24 +1,34 @@
-"""The delta rule on GPUs as its loop over time; see kernels/triton_matrix.py for how that is laid out."""
+"""The delta rule on GPUs: in chunks (triton_chunks.py), or row by row as its loop over time (triton_matrix.py).
+
+A config with "chunk" is of chunks. Every problem that the loop over rows can run has configs of it as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 import triton
 from torch import Tensor
 
 from kernels import triton_matrix_launch as matrix
+from kernels.delta_rule import triton_chunks as chunks
 from kernels.delta_rule.triton_kernels import delta_backward, delta_forward
 from kernels.problem import Problem
 from kernels.triton_aot import Compiled
 
-configs = matrix.configs
 INTERPRETED = not isinstance(delta_forward, triton.JITFunction)
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
     return matrix.cannot(problem, INTERPRETED)
+
+
+def configs(problem: Problem) -> Sequence[dict[str, int]]:
+    """Candidates for the tuner, the default first: chunks for long sequences, rows for short ones."""
+    whole, rows = chunks.configs(problem), matrix.configs(problem)
+    return [*whole, *rows] if chunks.comes_first(problem) else [*rows, *whole]
 
 
 def forward(
@@ -61,13 +71,17 @@ def backward(
 
 def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[Compiled]:
     """Compiles what the problem would launch for a GPU that need not be there, such as "sm_90" or "gfx942"."""
-    given = _recurrence(**matrix.shapes(problem, (), ("beta",)), scale=0.125, config=config)  # type: ignore[arg-type]
+    tensors, nvidia = matrix.shapes(problem, (), ("beta",)), target.startswith("sm_")
+    given = _recurrence(**tensors, scale=0.125, config=config, nvidia=nvidia)  # type: ignore[arg-type]
     return given.compiled(target, problem.direction)
 
 
 def _recurrence(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, config: Mapping[str, int],
-) -> matrix.Recurrence:  # fmt: skip
+    nvidia: bool = torch.version.hip is None,
+) -> matrix.Recurrence | chunks.Chunks:  # fmt: skip
     rows = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
+    if "chunk" in config:
+        return chunks.Chunks(rows, initial_state, cu_seqlens, scale, config, nvidia)
     return matrix.Recurrence((delta_forward, delta_backward), rows, initial_state, cu_seqlens, scale, config)

@@ -17,18 +17,20 @@ BACKENDS = {"delta_rule": (delta_rule, "qkv"), "dplr": (dplr, "qkvab")}
 
 
 def check(
-    op: str, target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64, **facts: Any
-) -> None:
+    op: str, target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64,
+    values: int = 64, chunks: bool = False, **facts: Any,
+) -> None:  # fmt: skip
     """No spills, and an eighth of the warps resident."""
     backend, rows = BACKENDS[op]
-    sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": 64, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
+    sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": values, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
     options = {"scale": 0.125, "log_decay": True, "initial_state": True, "packed": False, **facts}
     if options["packed"]:
         sizes["B"] = 1
     dtypes = dict.fromkeys(rows, dtype) | ({"beta": torch.float32} if op == "delta_rule" else {})
     problem = Problem(op, direction, torch.device("cuda"), dtypes, sizes, options)
     assert backend.cannot(problem) == []
-    for found in backend.compile_for(target, problem, backend.configs(problem)[config]):
+    configs = [c for c in backend.configs(problem) if ("chunk" in c) == chunks]
+    for found in backend.compile_for(target, problem, configs[config]):
         assert found.spills == 0, found
         assert found.occupancy >= 0.125, found
 
@@ -38,6 +40,22 @@ def check(
 @pytest.mark.parametrize("op", BACKENDS)
 def test_default_configs(op: str, direction: str, target: str) -> None:
     check(op, target, direction, 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_chunks(direction: str, target: str) -> None:
+    check("delta_rule", target, direction, 0, values=128, chunks=True, per_key=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("facts", [{"packed": True}, {"log_decay": False, "initial_state": False}], ids=str)
+@pytest.mark.parametrize("dtype, keys", [(FLOAT32, 32), (BFLOAT16, 64)], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_all_chunks(direction: str, dtype: torch.dtype, keys: int, facts: dict[str, Any], target: str) -> None:
+    for config, values in ((0, 16), (1, 128)):
+        check("delta_rule", target, direction, config, dtype, keys, values, chunks=True, per_key=False, **facts)
 
 
 @pytest.mark.parametrize("op", BACKENDS)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import triton_cases as tc
 from triton_cases import uninitialised_is_nan  # noqa: F401
+from triton_interpreter import counting, shuffled
 
 from kernels.agreement import Inputs
 from kernels.catalogue import OPS
@@ -65,3 +68,69 @@ def test_only_the_gradients_that_are_needed(op: Op) -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_programs_in_any_order_give_the_same_bits(op: Op, direction: str) -> None:
     tc.check_any_order(posed(op, direction, packed=True))
+
+
+CHUNKS = {"chunk": 16, "values": 16}
+# Of the delta rule in chunks: none that is whole, one that is, the second of one row
+CHUNK_FACTS = {
+    "length": (3, 16, 33),
+    "keys": (8, 20),
+    "values": (1, 19),
+    "dtype": (tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16, tc.BFLOAT16),
+    "log_decay": (True, True, False),
+    "hard": (False, True),
+    "packed": (False, True),
+    "initial_state": (False, True),
+}
+CHUNK_CASES = tc.cases(CHUNK_FACTS, 8)
+DELTA_RULE = OPS["delta_rule"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", CHUNK_CASES, ids=range(len(CHUNK_CASES)))
+def test_chunks_of_every_kind(case: dict[str, Any], direction: str) -> None:
+    tc.agrees(posed(DELTA_RULE, direction, per_key=False, **case), CHUNKS)
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_chunks_that_replace_one_key_again_and_again(beta: float) -> None:
+    # with the largest entries in the inverse, and with none
+    inputs = posed(DELTA_RULE, "backward", length=17, keys=8, per_key=False)
+    given = dict(zip(DELTA_RULE.names("backward"), inputs.tensors))
+    q, k, b = given["q"], given["k"], given["beta"]
+    assert k is not None
+    assert b is not None
+    given |= {"q": q, "k": k[:, :1].expand_as(k), "beta": torch.full_like(b, beta), "log_decay": None}
+    problem = replace(inputs.problem, options={**inputs.problem.options, "log_decay": False})
+    tc.agrees(replace(inputs, problem=problem, tensors=tuple(given.values())), CHUNKS)
+
+
+def test_chunks_lose_nothing_and_give_only_what_is_needed_in_any_order() -> None:
+    inputs = posed(DELTA_RULE, "backward", length=17, keys=8, per_key=False)
+    function = tc.triton("delta_rule").function("backward")
+    for absent in range(2):
+        given = [None if i == absent else x for i, x in enumerate(inputs.tensors)]
+        tc.agrees(replace(inputs, tensors=tuple(given)), CHUNKS)
+    every = inputs.call(tc.triton("delta_rule"), CHUNKS)()
+    for needs in ((True, False) * 3, (False, True) * 3):
+        with shuffled(0):
+            found = function(*inputs.tensors, None, scale=1.0, needs=needs, config=CHUNKS)
+        for wanted, gradient, expected in zip(needs, found, every, strict=True):
+            assert (gradient is not None) == wanted
+            assert gradient is None or (expected is not None and torch.equal(gradient, expected))
+
+
+@pytest.mark.parametrize("values", [64, 256])
+def test_what_chunks_move(values: int) -> None:
+    """Forward: all inputs and outputs once. Backward besides: at every border of chunks a state and a gradient of one,
+    written and read."""
+    for direction in ("forward", "backward"):
+        facts = {"length": 64, "keys": 64, "values": values, "dtype": tc.BFLOAT16, "initial_state": False}
+        inputs = posed(DELTA_RULE, direction, per_key=False, **facts)
+        config = tc.triton("delta_rule").configs(inputs.problem)[0]
+        with counting() as traffic:
+            outputs = inputs.call(tc.triton("delta_rule"), config)()
+        least = sum(x.nbytes for x in (*inputs.tensors, *outputs) if x is not None)
+        if direction == "backward":
+            least += 4 * (64 // config["chunk"]) * 2 * 64 * values * 4
+        assert least < traffic.moved <= 1.5 * least, (direction, traffic, least)

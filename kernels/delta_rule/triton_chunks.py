@@ -1,0 +1,196 @@
+"""How the delta rule in chunks is launched on GPUs: one walk forward; backward two walks and all chunks at once.
+
+The least that the chunks need to move: forward, every input and output once. Backward, every input and gradient once,
+and for each chunk the state that enters it and the gradient of the one that leaves it, written once and read once; see
+docs/derivations/delta_rule.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.delta_rule.triton_chunk_kernels import (
+    delta_chunk_gradients,
+    delta_chunks,
+    delta_chunks_back,
+    delta_inverses,
+)
+from kernels.problem import Problem
+from kernels.triton_aot import Compiled
+from kernels.triton_launch import Launch, compile_all
+
+# Rows of a chunk: the least that a product of tiles has, for a factor is in registers whole
+C = 16
+# Steps of a sequence from which chunks come first
+LONG = 4 * C
+# Numbers of a row in all heads: within a chunk, numbers are counted in 32 bits
+MOST = 2**31 // C
+
+
+def cannot(problem: Problem) -> list[str]:
+    """Why chunks cannot run the problem, which the loop over rows then has to itself; empty if they can."""
+    sizes, dtype, reasons = problem.sizes, problem.dtypes["q"], []
+    if dtype == torch.float64:
+        return ["products of tiles are of float32"]
+    # a float32 factor takes two parts in registers; at most twice as many rows as keys, else what cancels loses digits
+    most = 64 if dtype.itemsize == 2 else 32
+    if not C // 2 <= sizes["K"] <= most:
+        reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
+    if problem.options["log_decay"] and sizes["J"] > 1:
+        reasons.append(f"axis J is {sizes['J']}; chunks are for one decay a head")
+    if sizes["H"] * max(sizes["K"], sizes["V"]) >= MOST:
+        reasons.append(f"axes H, K, V are {sizes['H']}, {sizes['K']}, {sizes['V']}; H times K or V is less than {MOST}")
+    return reasons
+
+
+def configs(problem: Problem) -> list[dict[str, int]]:
+    """Candidates for the tuner, the default first; none where chunks cannot run.
+
+    chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them: as many as a
+    multiprocessor has registers for read the keys least often; fewer are more programs.
+    """
+    return [] if cannot(problem) else [{"chunk": C, "values": values} for values in (128, 32)]
+
+
+def comes_first(problem: Problem) -> bool:
+    """The rule where nothing is tuned: chunks for sequences of LONG rows on average, else the loop over rows."""
+    sizes = problem.sizes
+    return sizes["B"] * sizes["T"] >= LONG * sizes["N"]
+
+
+class Chunks:
+    """The inputs of the delta rule, and what is launched on them.
+
+    rows: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], log_decay [B, T, H, 1] or None.
+    nvidia: whether for NVIDIA's GPUs, whose float32 products are made of three of tf32.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor | None],
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        config: Mapping[str, int],
+        nvidia: bool,
+    ) -> None:
+        self.rows = {name: None if x is None else x.contiguous() for name, x in rows.items()}
+        q, v = self.rows["q"], self.rows["v"]
+        assert q is not None
+        assert v is not None
+        self.q, self.v, self.config = q, v, config
+        self.initial = None if initial_state is None else initial_state.contiguous()
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.batch, self.length, self.heads, self.keys = q.shape
+        self.values = v.shape[3]
+        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        # a warp multiplies 16 rows
+        self.BK = max(16, triton.next_power_of_2(self.keys))
+        self.BV = max(16, min(config["values"], triton.next_power_of_2(self.values)))
+        precise = "tf32x3" if nvidia else "ieee"
+        self.sizes = {
+            "cu_seqlens": self.cu_seqlens,
+            "T": self.length,
+            "H": self.heads,
+            "K": self.keys,
+            "V": self.values,
+            # a number known to the compiler has all its digits, an argument those of float32
+            "SCALE": scale,
+            "C": config["chunk"],
+            "BK": self.BK,
+            "BV": self.BV,
+            # numbers of 16 bits are numbers of tf32
+            "NARROW": q.element_size() == 2,
+            "PRECISE": precise,
+        }
+
+    def run_forward(self) -> tuple[Tensor, Tensor]:
+        """(y [B, T, H, V], final_state [N, H, K, V])"""
+        y, final = torch.empty_like(self.v), self._states(self.sequences)
+        self._run(self.forward(y, final))
+        return y, final
+
+    def run_backward(
+        self, dy: Tensor | None, dfinal: Tensor | None, needs: Mapping[str, bool]
+    ) -> dict[str, Tensor | None]:
+        """The gradients of the rows and "initial" that are needed and that there are."""
+        found = {
+            name: torch.empty_like(x) if x is not None and needs[name] else None
+            for name, x in {**self.rows, "initial": self.initial}.items()
+        }
+        dy = torch.zeros_like(self.v) if dy is None else dy.contiguous()
+        self._run(self.backward(dy, None if dfinal is None else dfinal.contiguous(), found))
+        return found
+
+    def compiled(self, target: str, direction: str) -> list[Compiled]:
+        """What one direction would launch; backward with every gradient, and with one of the final state where there
+        is an initial state."""
+        if direction == "forward":
+            return compile_all(self.forward(self.v, self._states(self.sequences)), target)
+        return compile_all(self.backward(self.v, self.initial, {**self.rows, "initial": self.initial}), target)
+
+    def forward(self, y: Tensor, final: Tensor) -> list[Launch]:
+        inverses = self._inverses()
+        return [self._inverse(inverses), self._walk(inverses, y=y, final=final)]
+
+    def backward(self, dy: Tensor, dfinal: Tensor | None, found: Mapping[str, Tensor | None]) -> list[Launch]:
+        inverses, entering, leaving = self._inverses(), self._states(self.chunks), self._states(self.chunks)
+        errors, dvalues = (torch.empty_like(self.v, dtype=torch.float32) for _ in range(2))
+        given = {"dy": dy, "leaving": leaving, "dvalues": dvalues, **self._given("q", "k", "beta", "log_decay")}
+        back = {"dfinal": dfinal, "inverses": inverses, "dinitial": found["initial"]}
+        own = {"entering": entering, "errors": errors, "N": self.sequences}
+        own |= {f"d{name}": found[name] for name in self.rows}
+        return [
+            self._inverse(inverses),
+            self._walk(inverses, entering=entering, errors=errors),
+            self._launch(delta_chunks_back, self.walks, {**given, **back, **self.sizes}, self.BV),
+            # all values of a chunk, so many at a time; its products have as many rows as there are keys
+            self._launch(
+                delta_chunk_gradients, self.chunks * self.heads, {**given, **own, **self.sizes, "BV": 16}, self.BK
+            ),
+        ]
+
+    @property
+    def walks(self) -> int:
+        """Programs of a walk."""
+        return self.sequences * self.heads * -(-self.values // self.BV)
+
+    @property
+    def chunks(self) -> int:
+        """Of all sequences; where their lengths are unknown, no fewer."""
+        if self.cu_seqlens is None:
+            return self.batch * -(-self.length // self.config["chunk"])
+        return self.length // self.config["chunk"] + self.sequences
+
+    def _states(self, count: int) -> Tensor:
+        return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
+
+    def _inverses(self) -> Tensor:
+        C = self.config["chunk"]
+        return self.q.new_empty(self.chunks, self.heads, C, C, dtype=torch.float32)
+
+    def _given(self, *names: str) -> dict[str, Tensor | None]:
+        return {name: self.rows[name] for name in names}
+
+    def _inverse(self, inverses: Tensor) -> Launch:
+        given = {**self._given("k", "beta", "log_decay"), "inverses": inverses, "N": self.sequences}
+        sizes = {name: size for name, size in self.sizes.items() if name not in ("V", "SCALE", "BV")}
+        return self._launch(delta_inverses, self.chunks * self.heads, {**given, **sizes}, self.config["chunk"])
+
+    def _walk(self, inverses: Tensor, **written: Tensor) -> Launch:
+        given = {**self.rows, "initial": self.initial, "inverses": inverses}
+        given |= dict.fromkeys(("y", "final", "entering", "errors")) | written
+        return self._launch(delta_chunks, self.walks, {**given, **self.sizes}, self.BV)
+
+    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], rows: int) -> Launch:
+        # without a bound NVIDIA's assembler spills some registers so that more threads are resident
+        return Launch(kernel, programs, arguments, rows // 16, num_stages=1, registers=255)
+
+    def _run(self, launches: list[Launch]) -> None:
+        for launch in launches:
+            launch(self.v.device)
