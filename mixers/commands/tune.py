@@ -69,15 +69,12 @@ def tune(
             common.fail(
                 "--target needs a mixer's name, or with --out a folder for the tables of all that is shipped", 2
             )
-        console, card = common.console(), targets.target_card(target)
-        targets.write_table(
-            console, card, targets.records(console, card, targets.problems(console), targets.cores()), out
-        )
+        _predict_all(target, out)
         return
     if out is not None:
         common.fail("--out does nothing without --target", 2)
     if name is None:
-        common.fail("which mixer? `mixers list` prints their names; only with --target none is needed", 2)
+        common.fail("which mixer? `mixers list` prints their names; only with --target and --out none is needed", 2)
     console, where = common.console(), common.device_of(device)
     mixer = common.build(name, dim, common.options_of(option), dtype=dtype.torch, device=where)
     console.print(common.subject(mixer, name, batch, length))
@@ -106,6 +103,12 @@ def tune(
     console.print(
         Text(f"all candidates: {common.command('explain', name, dim, length[0], batch, dtype, option)}", "dim")
     )
+
+
+def _predict_all(target: str, out: Path) -> None:
+    console, card = common.console(), targets.target_card(target)
+    made = targets.records(console, card, targets.problems(console), targets.cores())
+    targets.write_table(console, card, made, out)
 
 
 def _predict(
