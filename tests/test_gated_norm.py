@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.agreement import Expected, draw, pose
-from kernels.gated_norm import OP, gated_norm
+from kernels.gated_norm import OP, gated_norm, naive
 from kernels.gated_norm import native as backend
 from tests.triton_interpreter import run
 
@@ -60,6 +60,12 @@ def test_torchs_norms_and_activations(activation: str, name: str) -> None:
         for ours, theirs in zip(*gradients):
             assert (ours is None) == (theirs is None)
             torch.testing.assert_close(ours, theirs)
+
+
+def test_the_slope_of_tanh_does_not_cancel() -> None:
+    """1 − tanh² is 0 in float32 from 9 on; the gradient of a gate is not."""
+    g = torch.tensor([-20.0, -9.0, 9.0, 20.0])
+    torch.testing.assert_close(naive.ACTIVATIONS["tanh"][1](g).double(), g.double().cosh() ** -2, rtol=1e-6, atol=0)
 
 
 WIDTHS = [(1, 2), (3, 3), (8, 2), (15, 1), (16, 2), (17, 3), (33, 1), (64, 2), (100, 1), (515, 1)]
