@@ -32,6 +32,10 @@ INTRODUCTION = (
     "One page a device, each made by running the benchmarks on it. No figure here was typed in; "
     "[how we measure](how-we-measure.md)."
 )
+WIDTHS = (
+    "Which layer, and which backend, for a length T: below, for the widths that stand there. "
+    "`python -m pytest benchmarks/test_mixers.py --dim 1024`, then `mixers tables`, adds another."
+)
 
 
 def saved(folder: Path) -> pd.DataFrame:
@@ -224,4 +228,4 @@ def _index(devices: Mapping[str, pd.DataFrame]) -> str:
             }
         )
     parts.append(pd.DataFrame(found).to_markdown(index=False, disable_numparse=True))
-    return "\n\n".join([*parts, *answers]) + "\n"
+    return "\n\n".join([*parts, WIDTHS, *answers]) + "\n"

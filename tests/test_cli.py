@@ -296,6 +296,22 @@ def test_tables_make_a_page_a_device_and_an_index(tmp_path: Path) -> None:
     assert measured.markdown("toy-device", rows, ["toy-device-roofline-float32.svg"]) == page
 
 
+def without_limits(path: Path) -> Path:
+    """Of a device that nobody has measured: no roofline."""
+    data = json.loads(benchmark_json(path).read_text())
+    for row in data["benchmarks"]:
+        del row["extra_info"]["limit_bytes_s"], row["extra_info"]["limit_flops_s"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+def test_a_rate_needs_no_limit(tmp_path: Path) -> None:
+    tables.write(tables.read(without_limits(tmp_path / "a.json")), tmp_path)
+    page = (tmp_path / "toy-device.md").read_text(encoding="utf-8")
+    assert "**1.00 ms ± 50 µs (10 GB/s)**" in page
+    assert "limits measured beside them: none" in page
+
+
 def long_run(path: Path, factor: float = 1.0) -> Path:
     """Layers at two lengths: hgrn slower than attention at the first and faster at the second."""
     data = json.loads(benchmark_json(path).read_text())
@@ -384,7 +400,7 @@ def test_of_several_files_the_last_counts(tmp_path: Path) -> None:
 
 
 def test_a_sweep_may_take_several_runs(tmp_path: Path) -> None:
-    first, second = benchmark_json(tmp_path / "a.json"), tmp_path / "b.json"
+    first, second = without_limits(tmp_path / "a.json"), tmp_path / "b.json"
     data = json.loads(first.read_text())
     data["datetime"] = "2027-01-02T03:04:05"
     data["benchmarks"] = data["benchmarks"][:1]
