@@ -32,10 +32,10 @@ class HGRN(LowerBounded, SequenceMixer):
     Shapes: x, y [B, T, dim]; state {"h": [B, D, 2] (complex, as pairs) or [B, D]}, D = expand · dim, in float32
     (float64 for float64 x); with short_conv = W also "conv_i", "conv_f": the last W − 1 inputs.
     Cost: 7 dim² (complex) or 4 dim² multiplications a token at expand = 1; the state does not grow with T.
-    Memory: for the backward pass 12 dim numbers a token at expand = 1 in the activations' dtype (x, i, f, g, h,
-    [Re h | Im h], norm(h) ⊙ g), real 6 dim (x, i, f, g, h, norm(h) ⊙ g): 24 or 12 KiB a token and layer in float32 at
-    dim 512. With recompute=True 6 dim (x, i, f, g), real 4 dim: 12 or 8 KiB, and a state for every 1,024 rows.
-    `python benchmarks/memory.py` counts them.
+    Memory: for the backward pass 12 dim numbers a token at expand = 1 in the activations' dtype (x, i, f, g, h, [Re h |
+    Im h], norm(h) ⊙ g), real 6 dim (x, i, f, g, h, norm(h) ⊙ g): 24 or 12 KiB a token and layer in float32 at dim 512.
+    With recompute=True 6 dim (x, i, f, g), real 4 dim: 12 or 8 KiB, and the states before at most 16 chunks of 1,024
+    rows or more. `python benchmarks/memory.py` counts them.
 
     Args:
         dim: width of x and y.

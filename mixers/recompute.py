@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# rows of a chunk; a state is small beside so many rows, and one call more beside their work
+# rows of a chunk at least: a state is small beside so many, and one call more beside their work
 CHUNK = 1024
-# and rows of a chunk for each packed sequence, each of which has a state
+# chunks at most: the gradients of parameters are sums over them, rounded to the parameters' dtype
+CHUNKS = 16
+# rows of a chunk at least for each packed sequence, each of which has a state
 CHUNK_OF_A_SEQUENCE = 16
 
 Mixed = tuple[Tensor, dict[str, Tensor] | None]
@@ -31,7 +33,8 @@ def in_chunks(
     length = rows[0].shape[1]
     if state is None or torch.compiler.is_compiling():
         return _checkpointed(mix, rows, state, cu_seqlens)
-    chunk = CHUNK if cu_seqlens is None else max(CHUNK, CHUNK_OF_A_SEQUENCE * (cu_seqlens.shape[0] - 1))
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunk = max(CHUNK, -(-length // CHUNKS), CHUNK_OF_A_SEQUENCE * sequences)
     if length <= chunk:
         return _checkpointed(mix, rows, state, cu_seqlens)
     outputs = []
