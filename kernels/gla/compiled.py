@@ -5,7 +5,7 @@
 On CPU a few chunks at a time are worked on, so that what they need stays in the cache, and everything runs as it is.
 Elsewhere all chunks are worked on at once and the states between them are a scan of log T steps, which may be code that
 Inductor generates (kernels/scan/compiled.py): one graph for all lengths. The algebra inside a chunk stays as it is. Its
-halves of halves, written in place, make a graph for every number of chunks, and minutes of compilation each.
+halves of halves, written in place, make a graph for every number of chunks, and over a minute of compilation each.
 """
 
 from __future__ import annotations
