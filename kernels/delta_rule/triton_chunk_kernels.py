@@ -1,10 +1,10 @@
 """The Triton kernels of the delta rule in chunks of C rows; docs/derivations/delta_rule.md has the equations.
 
-First what is needed of (I + diag(β) A)⁻¹, for all chunks at once: what is below its diagonal. Then two walks over the
-chunks of a sequence, with the state or its gradient in registers: forward, which makes the outputs or leaves the state
-that enters each chunk in `entering`; and against time, which leaves the gradient of the state that leaves each chunk in
-`leaving`. Between these two states a chunk's other gradients are its own business: they are made for all chunks at
-once, by a program each that has all values, so that no sum is taken in parts.
+First (I + A diag(β))⁻¹, for all chunks at once: what is below its diagonal. Then two walks over the chunks of a
+sequence, with the state or its gradient in registers: forward, which makes the outputs, or leaves the state that enters
+each chunk in `entering` and u before its strength in `errors`; and against time, which leaves the gradient of the state
+that leaves each chunk in `leaving`, and that of the values. Between these two states a chunk's other gradients are its
+own business: they are made for all chunks at once, by a program each that has all values, so that no sum is in parts.
 
 Tiles are turned so that a product has many rows, 16 to a warp: states are [values, keys], rows of values [values, C].
 Rows past the end of a sequence are zeros, which do nothing. Everything is computed in float32. PRECISE is what products

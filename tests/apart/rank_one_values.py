@@ -71,9 +71,9 @@ def test_programs_in_any_order_give_the_same_bits(op: Op, direction: str) -> Non
 
 
 CHUNKS = {"chunk": 16, "values": 16}
-# Of the delta rule in chunks: none that is whole, one that is, the second of one row
+# Of the delta rule in chunks: none that is whole, or one and one of a single row
 CHUNK_FACTS = {
-    "length": (3, 16, 33),
+    "length": (3, 17),
     "keys": (8, 20),
     "values": (1, 19),
     "dtype": (tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16, tc.BFLOAT16),
@@ -82,7 +82,7 @@ CHUNK_FACTS = {
     "packed": (False, True),
     "initial_state": (False, True),
 }
-CHUNK_CASES = tc.cases(CHUNK_FACTS, 8)
+CHUNK_CASES = tc.cases(CHUNK_FACTS, 6)
 DELTA_RULE = OPS["delta_rule"]
 
 
@@ -120,17 +120,17 @@ def test_chunks_lose_nothing_and_give_only_what_is_needed_in_any_order() -> None
             assert gradient is None or (expected is not None and torch.equal(gradient, expected))
 
 
-@pytest.mark.parametrize("values", [64, 256])
-def test_what_chunks_move(values: int) -> None:
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_chunks_move(direction: str) -> None:
     """Forward: all inputs and outputs once. Backward besides: at every border of chunks a state and a gradient of one,
     written and read."""
-    for direction in ("forward", "backward"):
-        facts = {"length": 64, "keys": 64, "values": values, "dtype": tc.BFLOAT16, "initial_state": False}
-        inputs = posed(DELTA_RULE, direction, per_key=False, **facts)
-        config = tc.triton("delta_rule").configs(inputs.problem)[0]
-        with counting() as traffic:
-            outputs = inputs.call(tc.triton("delta_rule"), config)()
-        least = sum(x.nbytes for x in (*inputs.tensors, *outputs) if x is not None)
-        if direction == "backward":
-            least += 4 * (64 // config["chunk"]) * 2 * 64 * values * 4
-        assert least < traffic.moved <= 1.5 * least, (direction, traffic, least)
+    facts = {"length": 32, "keys": 64, "values": 64, "dtype": tc.BFLOAT16, "initial_state": False}
+    inputs = posed(DELTA_RULE, direction, per_key=False, **facts)
+    config = tc.triton("delta_rule").configs(inputs.problem)[0]
+    with counting() as traffic:
+        outputs = inputs.call(tc.triton("delta_rule"), config)()
+    least = sum(x.nbytes for x in (*inputs.tensors, *outputs) if x is not None)
+    if direction == "backward":
+        states = 32 // config["chunk"] * 2
+        least += 4 * states * 64 * 64 * 4
+    assert least < traffic.moved <= 1.5 * least, (traffic, least)
