@@ -96,10 +96,13 @@ def test_split_time_is_the_same_scan(columns: int, pairs: bool, packed: bool) ->
 
 
 def test_time_is_split_where_columns_are_too_few_for_the_threads() -> None:
-    torch.set_num_threads(4)
-    for columns, length, split in ((16, 1 << 15, 5), (256, 1 << 15, 1), (16, 100, 1)):
+    cases = ((4, 16, 1 << 15, 5, True), (4, 256, 1 << 15, 1, False), (4, 16, 100, 1, False), (2, 16, 1 << 15, 1, True))
+    for threads, columns, length, split, offered in cases:
+        torch.set_num_threads(threads)
         problem = pose(OP, "forward", {"B": 1, "T": length, "D": columns}, dtype=torch.float32, device=CPU)
-        assert native.configs(problem)[0]["split"] == split
+        splits = [config["split"] for config in native.configs(problem)]
+        assert splits[0] == split
+        assert (threads + 1 in splits) == offered
 
 
 def test_forward_out_writes_the_same_and_nothing_else() -> None:
