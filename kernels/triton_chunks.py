@@ -30,37 +30,37 @@ def chunk_rows(cu_seqlens, chunk, T, N, C: tl.constexpr):
     n, first, length, begin = chunk_of(cu_seqlens, chunk, T, N, C)
     if cu_seqlens is None:
         first = n * T
-    return n, first + begin, tl.maximum(tl.minimum(length - begin, C), 0)
+    return n, first + begin, tl.maximum(tl.minimum(length - begin, C), 0).to(tl.int32)
 
 
 @triton.jit
 def load_tile(tensor, first, count, h, H, W, columns, C: tl.constexpr):
-    # [C, columns] of [..., H, W]; zeros past `count` rows
+    # [C, columns] of [..., H, W]; zeros past `count` rows. Within a chunk, places are counted in 32 bits
     rows = tl.arange(0, C)
     inside = (rows < count)[:, None] & (columns < W)[None, :]
-    places = ((first + rows) * H + h)[:, None] * W + columns[None, :]
-    return tl.load(tensor + places, inside, other=0.0).to(tl.float32)
+    places = rows[:, None] * (H * W) + columns[None, :]
+    return tl.load(tensor + (first * H + h) * W + places, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(tensor, first, count, h, H, W, columns, numbers, C: tl.constexpr):
     rows = tl.arange(0, C)
     inside = (rows < count)[:, None] & (columns < W)[None, :]
-    places = ((first + rows) * H + h)[:, None] * W + columns[None, :]
-    tl.store(tensor + places, numbers.to(tensor.dtype.element_ty), inside)
+    places = rows[:, None] * (H * W) + columns[None, :]
+    tl.store(tensor + (first * H + h) * W + places, numbers.to(tensor.dtype.element_ty), inside)
 
 
 @triton.jit
 def load_vector(tensor, first, count, h, H, C: tl.constexpr):
     # [C] of [..., H]: one number a row
     rows = tl.arange(0, C)
-    return tl.load(tensor + (first + rows) * H + h, rows < count, other=0.0).to(tl.float32)
+    return tl.load(tensor + first * H + h + rows * H, rows < count, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_vector(tensor, first, count, h, H, numbers, C: tl.constexpr):
     rows = tl.arange(0, C)
-    tl.store(tensor + (first + rows) * H + h, numbers.to(tensor.dtype.element_ty), rows < count)
+    tl.store(tensor + first * H + h + rows * H, numbers.to(tensor.dtype.element_ty), rows < count)
 
 
 @triton.jit
@@ -78,8 +78,8 @@ def load_shared_logs(log_decay, first, count, h, H, C: tl.constexpr):
 
 
 @triton.jit
-def reach(size, BEFORE: tl.constexpr, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
-    # [t, m]: in blocks of `size` rows, is m before t or t itself (EXCLUSIVE: not itself)? Or is it after t?
+def reach(BEFORE: tl.constexpr, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
+    # [t, m]: is m before t or t itself (EXCLUSIVE: not itself)? Or is it after t?
     t, m = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     if not BEFORE:
         ordered = m > t
@@ -87,21 +87,42 @@ def reach(size, BEFORE: tl.constexpr, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
         ordered = m < t
     else:
         ordered = m <= t
-    return ((t // size == m // size) & ordered).to(tl.float32)
+    return ordered.to(tl.float32)
 
 
 @triton.jit
-def halves_reach(h, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
-    # The same for rows as they meet at the borders of blocks of h: in upper blocks before, in lower blocks after
-    upper = (tl.arange(0, C) // h % 2 == 1)[:, None]
-    return tl.where(upper, reach(h, True, EXCLUSIVE, C), reach(h, False, EXCLUSIVE, C))
+def halves_reach(n, EXCLUSIVE: tl.constexpr, C: tl.constexpr):
+    # The same within blocks of 2^n rows that meet at borders: before t in the upper ones, after it in the lower
+    t, m = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    last = t - 1 if EXCLUSIVE else t
+    ordered = tl.where((t >> n) & 1 == 1, m <= last, m > t)
+    return (ordered & (t >> n == m >> n)).to(tl.float32)
 
 
 @triton.jit
-def meets(h, C: tl.constexpr):
-    # [i, j]: i in the upper, j in the lower of two neighbouring blocks of h rows
+def meets(n, TRANSPOSED: tl.constexpr, C: tl.constexpr):
+    # [i, j], or TRANSPOSED [j, i]: i in the upper, j in the lower of two neighbouring blocks of 2^n rows
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return (i // h % 2 == 1) & (i // h == j // h + 1)
+    if TRANSPOSED:
+        i, j = j, i
+    return ((i >> n) & 1 == 1) & (i >> n == (j >> n) + 1)
+
+
+@triton.jit
+def add_up(matrix, numbers, acc, PRECISION: tl.constexpr):
+    # matrix @ numbers + acc, where the matrix is of zeros and ones, which need no second TF32 part beside them
+    if PRECISION == "tf32x3":
+        high = (numbers.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        acc = tl.dot(matrix, high, acc, input_precision="tf32")
+        return tl.dot(matrix, numbers - high, acc, input_precision="tf32")
+    else:
+        return tl.dot(matrix, numbers, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def decays_over(matrix, logs, PRECISION: tl.constexpr):
+    # For every row the decays of the rows that the matrix has for it
+    return tl.exp(add_up(matrix, logs, tl.zeros_like(logs), PRECISION))
 
 
 @triton.jit
@@ -116,8 +137,8 @@ def shared_decays(logs, EXCLUSIVE: tl.constexpr, C: tl.constexpr, PRECISION: tl.
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     # the logarithm of row m for every j before it
     later = tl.where(i > j, logs[:, None], 0.0)
-    between = tl.dot(reach(C, True, EXCLUSIVE, C), later, input_precision=PRECISION)
-    return tl.where(i > j if EXCLUSIVE else i >= j, tl.exp(between), 0.0)
+    decays = decays_over(reach(True, EXCLUSIVE, C), later, PRECISION)
+    return tl.where(i > j if EXCLUSIVE else i >= j, decays, 0.0)
 
 
 @triton.jit

@@ -15,9 +15,10 @@ FLOAT64, FLOAT32, BFLOAT16 = torch.float64, torch.float32, torch.bfloat16
 
 
 def check(
-    target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64, **facts: Any
-) -> None:
-    """No spills, and an eighth of the warps resident."""
+    target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64, *, chunks: bool = False,
+    **facts: Any,
+) -> None:  # fmt: skip
+    """No spills, and an eighth of the warps resident. config: among those in chunks or among the loops over time."""
     sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": 64, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
     plain = {"scale": 0.125, "log_decay": True, "initial_state": True, "bonus": False, "packed": False}
     options = {**plain, **facts}
@@ -25,7 +26,8 @@ def check(
         sizes["B"] = 1
     problem = Problem("gla", direction, torch.device("cuda"), dict.fromkeys("qkv", dtype), sizes, options)
     assert backend.cannot(problem) == []
-    for found in backend.compile_for(target, problem, backend.configs(problem)[config]):
+    chosen = [one for one in backend.configs(problem) if ("chunk" in one) == chunks][config]
+    for found in backend.compile_for(target, problem, chosen):
         assert found.spills == 0, found
         assert found.occupancy >= 0.125, found
 
@@ -34,6 +36,22 @@ def check(
 @pytest.mark.parametrize("direction, config", [("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1)])
 def test_shipped_configs(direction: str, config: int, target: str) -> None:
     check(target, direction, config)
+
+
+def test_gradients_in_chunks() -> None:
+    check("sm_80", "backward", 0, chunks=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("config", [0, 1])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_chunks(direction: str, dtype: torch.dtype, config: int, target: str) -> None:
+    check(target, direction, config, dtype, chunks=True)
+    check(target, direction, config, dtype, 128, chunks=True, packed=True, bonus=True)
+    check(target, direction, config, dtype, chunks=True, per_key=False, bonus=True)
+    check(target, direction, config, dtype, chunks=True, log_decay=False)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import triton_cases as tc
 from triton_cases import uninitialised_is_nan  # noqa: F401
+from triton_interpreter import counting
 
 from kernels.agreement import Inputs
 from kernels.gla import OP
@@ -35,6 +37,22 @@ FACTS = {
     "initial_state": (False, True),
 }
 CASES = tc.cases(FACTS, 20)
+# Several chunks of a sequence, the last one not whole, and more keys and values than a program has at a time
+CHUNKS = {"chunk": 16, "num_warps": 1}
+CHUNKED_FACTS = FACTS | {
+    "length": (1, 17, 43),
+    "keys": (1, 16, 40),
+    "values": (5, 67),
+    "dtype": (tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16),
+    "hard": (False, True, True),
+}
+CHUNKED = tc.cases(CHUNKED_FACTS, 12)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", CHUNKED, ids=range(len(CHUNKED)))
+def test_chunks_of_every_kind(case: dict[str, Any], direction: str) -> None:
+    tc.agrees(posed(direction, **case), CHUNKS)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -46,12 +64,55 @@ def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_shipped_config(direction: str) -> None:
     for config in backend.configs(posed(direction).problem):
-        tc.agrees(posed(direction, length=config["rows"] + 3, keys=33, values=9), config)
+        length = config["chunk"] if "chunk" in config else config["rows"]
+        tc.agrees(posed(direction, length=length + 3, keys=33, values=9), config)
 
 
+def test_chunks_where_sequences_are_long() -> None:
+    def names(**facts: Any) -> list[bool]:
+        return ["chunk" in config for config in backend.configs(posed("forward", **facts).problem)]
+
+    assert names(length=1023) == [False, False, False, True, True]
+    assert names(length=1024) == [True, True, False, False, False]
+    assert names(length=1024, dtype=tc.FLOAT64) == names(length=1024, keys=257) == [False] * 3
+
+
+@pytest.mark.parametrize("dtype, limits", [(tc.BFLOAT16, (1.1, 1.5)), (tc.FLOAT32, (1.1, 1.6))], ids=str)
+def test_bytes_moved_in_chunks(dtype: torch.dtype, limits: tuple[float, float]) -> None:
+    """Beside what a chunked algorithm has to move: docs/derivations/chunks.md."""
+    for direction, limit in zip(("forward", "backward"), limits):
+        inputs = posed(direction, length=64, keys=64, values=64, dtype=dtype)
+        config = {"chunk": 32, "num_warps": 4}
+        with counting() as traffic:
+            found = inputs.call(tc.triton("gla"), config)()
+        names = inputs.op.names(direction)
+        size = {name: 0 if x is None else x.numel() * x.element_size() for name, x in zip(names, inputs.tensors)}
+        state, results = size["initial_state"], sum(x.numel() * x.element_size() for x in found if x is not None)
+        # a state for each of the two chunks is written and read
+        walk = size["k"] + size["v"] + size["log_decay"] + state + 2 * state
+        rows = size["q"] + size["k"] + size["v"] + size["log_decay"] + 2 * state
+        if direction == "forward":
+            least = walk + rows + results
+        else:
+            against = size["q"] + size["dy"] + size["log_decay"] + size["dfinal_state"] + 2 * state
+            least = walk + against + rows + size["dy"] + 2 * state + results
+        assert least <= traffic.moved <= limit * least, (direction, traffic.moved / least)
+
+
+@pytest.mark.parametrize("config", [tc.CONFIG, CHUNKS], ids=["loop", "chunks"])
 @pytest.mark.parametrize("missing", ["dy", "dfinal_state"])
-def test_a_loss_on_one_output(missing: str) -> None:
-    tc.agrees(tc.without(posed("backward", packed=True), missing))
+def test_a_loss_on_one_output(missing: str, config: dict[str, int]) -> None:
+    tc.agrees(tc.without(posed("backward", packed=True), missing), config)
+
+
+def test_only_the_gradients_that_are_needed_in_chunks() -> None:
+    inputs = posed("backward", length=18, bonus=True)
+    every = inputs.call(tc.triton("gla"), CHUNKS)()
+    for one in range(len(every)):
+        needs = tuple(i == one for i in range(len(every)))
+        found = backend.backward(*inputs.tensors, None, scale=1.0, needs=needs, config=CHUNKS)
+        assert [x is not None for x in found] == list(needs)
+        assert torch.equal(found[one], every[one])
 
 
 def test_only_the_gradients_that_are_needed() -> None:
