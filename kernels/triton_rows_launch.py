@@ -130,7 +130,9 @@ class Rows:
             "STAGES": stages(self.config, self.lanes),
         }
         pieces = self.sequences.count if per_sequence else self.sequences.pieces
-        return Launch(kernel, pieces * -(-self.width // columns), arguments, num_warps)
+        # Without a bound NVIDIA's assembler spills some of the wide registers for more than a quarter of all warps
+        registers = 128 if state_dtype(self.dtype) == torch.float64 else None
+        return Launch(kernel, pieces * -(-self.width // columns), arguments, num_warps, registers=registers)
 
     def batch_stride(self) -> int:
         """Of contiguous rows."""
