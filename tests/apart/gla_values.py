@@ -17,9 +17,10 @@ from kernels.gla import triton as backend
 
 
 def posed(
-    direction: str, batch: int = 1, length: int = 9, keys: int = 5, values: int = 3, per_key: bool = True, **facts: Any
-) -> Inputs:
-    sizes = {"B": batch, "T": length, "H": 2, "K": keys, "V": values, "J": keys if per_key else 1}
+    direction: str, batch: int = 1, length: int = 9, keys: int = 5, values: int = 3, per_key: bool = True,
+    heads: int = 2, **facts: Any,
+) -> Inputs:  # fmt: skip
+    sizes = {"B": batch, "T": length, "H": heads, "K": keys, "V": values, "J": keys if per_key else 1}
     return tc.posed(OP, direction, sizes, **facts)
 
 
@@ -45,6 +46,7 @@ CHUNKED_FACTS = FACTS | {
     "values": (5, 67),
     "dtype": (tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16),
     "hard": (False, True, True),
+    "heads": (1, 1, 2),
 }
 CHUNKED = tc.cases(CHUNKED_FACTS, 12)
 
@@ -65,7 +67,7 @@ def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
 def test_every_shipped_config(direction: str) -> None:
     for config in backend.configs(posed(direction).problem):
         length = config["chunk"] if "chunk" in config else config["rows"]
-        tc.agrees(posed(direction, length=length + 3, keys=33, values=9), config)
+        tc.agrees(posed(direction, length=length + 3, keys=33, values=9, heads=1), config)
 
 
 def test_chunks_where_sequences_are_long() -> None:
@@ -81,7 +83,7 @@ def test_chunks_where_sequences_are_long() -> None:
 def test_bytes_moved_in_chunks(dtype: torch.dtype, limits: tuple[float, float]) -> None:
     """Beside what a chunked algorithm has to move: docs/derivations/chunks.md."""
     for direction, limit in zip(("forward", "backward"), limits):
-        inputs = posed(direction, length=64, keys=64, values=64, dtype=dtype)
+        inputs = posed(direction, length=64, keys=64, values=64, dtype=dtype, heads=1)
         config = {"chunk": 32, "num_warps": 4}
         with counting() as traffic:
             found = inputs.call(tc.triton("gla"), config)()
