@@ -23,13 +23,18 @@ from kernels.triton_matrix import place
 
 
 @triton.jit
-def product(a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr):
-    # a @ b; NARROW: b has few digits
+def added(sums, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr):
+    # sums + a @ b; NARROW: b has few digits
     if NARROW and PRECISE == "tf32x3":
         high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        return tl.dot(a - high, b, tl.dot(high, b, input_precision="tf32"), input_precision="tf32")
+        return tl.dot(a - high, b, tl.dot(high, b, sums, input_precision="tf32"), input_precision="tf32")
     else:
-        return tl.dot(a, b, input_precision=PRECISE)
+        return tl.dot(a, b, sums, input_precision=PRECISE)
+
+
+@triton.jit
+def product(a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr):
+    return added(tl.zeros([a.shape[0], b.shape[1]], tl.float32), a, b, NARROW, PRECISE)
 
 
 @triton.jit
@@ -193,7 +198,7 @@ def delta_chunks(
             )
             out += tl.dot(u, tl.trans(M), input_precision=PRECISE)
             store_turned(y, first, count, h, H, V, values, out * SCALE, C)
-        state = total * state + product(u * suffix[None, :], key, NARROW, PRECISE)
+        state = added(total * state, u * suffix[None, :], key, NARROW, PRECISE)
     if final is not None:
         store_state(final, n * H + h, K, V, keys, values, state)
 
@@ -222,8 +227,8 @@ def delta_chunks_back(
         du *= load_vector(beta, first, count, h, H, C)[None, :]
         dvalue = tl.dot(du, load_inverse(inverses, index, C), input_precision=PRECISE)
         store_turned(dvalues, first, count, h, H, V, values, dvalue, C)
-        dstate = total * dstate + product(out * prefix[None, :], query, NARROW, PRECISE)
-        dstate -= product(dvalue * prefix[None, :], key, NARROW, PRECISE)
+        dstate = added(total * dstate, out * prefix[None, :], query, NARROW, PRECISE)
+        dstate = added(dstate, -dvalue * prefix[None, :], key, NARROW, PRECISE)
     if dinitial is not None:
         store_state(dinitial, n * H + h, K, V, keys, values, dstate)
 

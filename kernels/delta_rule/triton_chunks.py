@@ -51,10 +51,13 @@ def cannot(problem: Problem) -> list[str]:
 def configs(problem: Problem) -> list[dict[str, int]]:
     """Candidates for the tuner, the default first; none where chunks cannot run.
 
-    chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them: as many as a
-    multiprocessor has registers for read the keys least often; fewer are more programs.
+    chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them. Forward 64
+    where there are no more; fewer would need more registers for the keys, and so would 64 in the walk against time.
     """
-    return [] if cannot(problem) else [{"chunk": C, "values": values} for values in (128, 32)]
+    if cannot(problem):
+        return []
+    forward = (64,) if problem.sizes["V"] <= 64 else (128, 64)
+    return [{"chunk": C, "values": values} for values in (forward if problem.direction == "forward" else (128,))]
 
 
 def comes_first(problem: Problem) -> bool:
@@ -91,7 +94,7 @@ class Chunks:
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         # a warp multiplies 16 rows
         self.BK = max(16, triton.next_power_of_2(self.keys))
-        self.BV = max(16, min(config["values"], triton.next_power_of_2(self.values)))
+        self.BV = config["values"]
         precise = "tf32x3" if nvidia else "ieee"
         self.sizes = {
             "cu_seqlens": self.cu_seqlens,
