@@ -129,7 +129,9 @@ def draw(op: Op, problem: Problem, *, seed: int = 0, by: str | None = None) -> I
         outputs = op(*inputs, cu_seqlens, *options, by or op.backends[0].name)
     known = {**sampled, **dict(zip((out.name for out in op.outputs), outputs))}
     gradients = [
-        torch.randn(out.shape, generator=generator).to(out.device, out.dtype) if arg.differentiable else None
+        torch.randn(out.shape, generator=generator, device="cpu").to(out.device, out.dtype)
+        if arg.differentiable
+        else None
         for arg, out in zip(op.outputs, outputs)
     ]
     return Inputs(op, problem, (*gradients, *(known[name] for name in op.residuals)), cu_seqlens)
@@ -137,10 +139,10 @@ def draw(op: Op, problem: Problem, *, seed: int = 0, by: str | None = None) -> I
 
 def cuts(length: int, sequences: int, generator: torch.Generator | None = None) -> Tensor:
     """cu_seqlens [N + 1] of uneven sequences; where there are more than two, the second is empty."""
-    inner = torch.randint(length + 1, (sequences - 1,), generator=generator).sort().values
+    inner = torch.randint(length + 1, (sequences - 1,), generator=generator, device="cpu").sort().values
     if sequences > 2:
         inner[1] = inner[0]
-    return torch.cat([torch.tensor([0]), inner, torch.tensor([length])]).to(torch.int32)
+    return torch.cat([inner.new_tensor([0]), inner, inner.new_tensor([length])]).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,9 @@ def _sizes(tensor: Tensor | None) -> tuple[float, float]:
 def _sample(op: Op, sizes: Mapping[str, int], facts: Mapping[str, Any], **given: Any) -> dict[str, Tensor | None]:
     """op.sample with those of the facts that it takes; optional tensors that the facts rule out are left out."""
     accepted = inspect.signature(op.sample).parameters
-    sampled = op.sample(dict(sizes), **given, **{name: fact for name, fact in facts.items() if name in accepted})
+    # random numbers come from a generator on the CPU, whatever torch.set_default_device says
+    with torch.device("cpu"):
+        sampled = op.sample(dict(sizes), **given, **{name: fact for name, fact in facts.items() if name in accepted})
     for arg in op.inputs:
         if arg.optional and facts.get(arg.name) is False:
             sampled[arg.name] = None

@@ -59,7 +59,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """Likewise of this shape."""
-    return empty_like(torch.empty((), dtype=dtype).expand(shape))
+    return empty_like(torch.empty((), dtype=dtype, device="cpu").expand(shape))
 
 
 def idle_bytes() -> int:

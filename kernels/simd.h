@@ -220,14 +220,21 @@ INLINE Vec<uint16_t, W> to_half(Vec<float, W> v) {
     }
 }
 #else
+#if defined(__ARM_FP16_FORMAT_IEEE)
+// GCC 12 has no _Float16 in C++ there
+using Float16 = __fp16;
+#else
+using Float16 = _Float16;
+#endif
+
 template <int W>
 INLINE Vec<float, W> from_half(Vec<uint16_t, W> v) {
-    return __builtin_convertvector(bits_as<Vec<_Float16, W>>(v), Vec<float, W>);
+    return __builtin_convertvector(bits_as<Vec<Float16, W>>(v), Vec<float, W>);
 }
 
 template <int W>
 INLINE Vec<uint16_t, W> to_half(Vec<float, W> v) {
-    return bits_as<Vec<uint16_t, W>>(__builtin_convertvector(v, Vec<_Float16, W>));
+    return bits_as<Vec<uint16_t, W>>(__builtin_convertvector(v, Vec<Float16, W>));
 }
 #endif
 

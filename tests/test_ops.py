@@ -123,6 +123,27 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
                 op(*args)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", OPS)
+def test_the_default_device_is_for_new_tensors_of_users(name: str, direction: str) -> None:
+    op = OPS[name]
+    sizes = {letter: 5 for arg in op.inputs for letter in arg.letters if letter.isalpha()}
+    posed = pose(op, direction, {**sizes, "N": 3, "B": 1, "T": 20, "S": 20}, dtype=torch.float32, device=CPU, packed=True)
+    inputs = draw(op, posed)
+    with torch.device("meta"):
+        there = draw(op, posed)
+    for given, right in zip(there.tensors, inputs.tensors):
+        assert given is right is None or torch.equal(given, right)
+    for backend in op.backends:
+        if not backend.cannot(posed):
+            run = inputs.call(backend, backend.configs(posed)[0])
+            expected = run()
+            with torch.device("meta"):
+                found = run()
+            for one, two in zip(found, expected):
+                assert one is two is None or torch.equal(one, two)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_flops_are_counted(name: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode

@@ -91,11 +91,11 @@ def backward(
     runs, wide = -(-B * T // run), state_dtype(x.dtype)
     dx = pool.empty_like(x) if needs[0] else None
     dgate = pool.empty_like(gate) if needs[1] and gate is not None else None
-    dweight = torch.empty(H, V, dtype=wide) if needs[2] and weight is not None else None
-    dbias = torch.empty(H, V, dtype=wide) if needs[3] and bias is not None else None
+    dweight = x.new_empty(H, V, dtype=wide) if needs[2] and weight is not None else None
+    dbias = x.new_empty(H, V, dtype=wide) if needs[3] and bias is not None else None
     partials = None
     if runs > 1 and (dweight is not None or dbias is not None):
-        partials = torch.empty(runs, 2, H, V, dtype=wide)
+        partials = x.new_empty(runs, 2, H, V, dtype=wide)
     _function("gated_norm_backward", f"{FIELDS}8q")(
         *_fields(*given, center, activation, gate_first, eps, run, config),
         dy.data_ptr(),

@@ -79,7 +79,7 @@ def backward(
     chunks = B * -(-T // chunk) if cu_seqlens is None else T // chunk + given.sequences
     wide = state_dtype(q.dtype)
     lanes = max(jit_cpp.load(SOURCE).vector_bytes() // wide.itemsize, 4)
-    parts = None if dbonus is None else torch.empty(chunks, H, K, dtype=wide)
+    parts = None if dbonus is None else q.new_empty(chunks, H, K, dtype=wide)
     states = pool.empty(2, chunks, H, -(-V // lanes) * lanes, -(-K // lanes) * lanes, dtype=wide)
     _function("gla_backward", "9qd32q")(
         *given.fields(),

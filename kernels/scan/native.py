@@ -20,11 +20,9 @@ from kernels.problem import Problem, state_dtype
 SOURCE = Path(__file__).with_suffix(".cpp")
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
-# Time may be split where sequences have so many rows and threads at most so many columns each, and is split by rule
-# where there are so many threads: two gain little.
+# Time may be split where sequences have so many rows and threads at most so many columns each
 LONG_ROWS = 4096
 COLUMNS_FOR_A_THREAD = 16
-THREADS_TO_SPLIT = 4
 
 
 def cannot(problem: Problem) -> list[str]:
@@ -55,7 +53,7 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     columns = count * sizes["D"] * (2 if problem.options["pairs"] else 1)
     if threads > 1 and sizes["B"] * sizes["T"] >= count * LONG_ROWS and columns <= COLUMNS_FOR_A_THREAD * threads:
         # each thread one chunk before the states between them are known, and one after
-        found.insert(0 if threads >= THREADS_TO_SPLIT else 3, found[0] | {"split": threads + 1})
+        found.append(found[0] | {"split": threads + 1})
     return found
 
 

@@ -75,7 +75,7 @@ def backward(
     block = VECTORS * jit_cpp.load(SOURCE).vector_bytes() // wide.itemsize
     blocks = -(-channels // block)
     # what each sequence adds to dA and dD, and each block of channels to dB and dC
-    of_sequences = torch.empty(given.sequences, channels, states + 1, dtype=wide)
+    of_sequences = x.new_empty(given.sequences, channels, states + 1, dtype=wide)
     of_blocks = pool.empty(2, blocks, *B.shape, dtype=wide)
     # a thread's states before every chunk
     chunks = max(1, -(-longest(x, given.cu_seqlens) // CHUNK))

@@ -149,7 +149,7 @@ def sweep(console: Console, minutes: float, device: torch.device) -> bool:
     if not BENCHMARKS.is_dir():
         console.print(f"there is no folder {BENCHMARKS} here; run it in a checkout of the repository to have the pages")
         return False
-    options = ["-q", "--minutes", f"{minutes:.3g}", "--device", str(device)]
+    options = ["-q", "--resume", "--minutes", f"{minutes:.3g}", "--device", str(device)]
     command = [sys.executable, "-m", "pytest", str(BENCHMARKS), *options]
     console.print(Text(" ".join(command[1:]), "dim"))
     done = subprocess.run(command, check=False)
