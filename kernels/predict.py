@@ -6,8 +6,8 @@ A config is left out if a kernel of it spills registers or does not fit a multip
 rest the first is the one that, in this order,
 
 1. needs the fewest launches, where sequences are too short to be worth more than one (see LONG);
-2. moves the fewest bytes over the share of the multiprocessors that have a program, summed over its launches: half a
-   card moves half as much in the same time;
+2. needs the least time, summed over its launches: to move its bytes over the share of the multiprocessors that have a
+   program, as half a card moves half as much, and no less than for the steps that wait for a load one after the other;
 3. needs the fewest launches;
 4. is simplest: it comes first in the backend's own list.
 
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import autotune
-from kernels.cards import LONG, Card, card
+from kernels.cards import LATENCY, LONG, Card, card
 from kernels.catalogue import OPS
 from kernels.op import Config, Op
 from kernels.problem import Problem
@@ -74,9 +74,11 @@ class Estimate:
         """Of the launch that moves most."""
         return max(self.kernels, key=lambda kernel: kernel.bytes).programs
 
-    def work(self, card: Card) -> float:
-        """Bytes, each over the share of the card that moves them."""
-        return sum(kernel.bytes / min(1.0, max(kernel.programs, 1) / card.multiprocessors) for kernel in self.kernels)
+    def seconds(self, card: Card) -> float:
+        """No launch is faster than the share of the card that has a program moves its bytes, or than its steps."""
+        shares = [min(1.0, max(kernel.programs, 1) / card.multiprocessors) for kernel in self.kernels]
+        moved = [kernel.bytes / (share * card.bandwidth) for kernel, share in zip(self.kernels, shares)]
+        return sum(max(moving, LATENCY * kernel.steps) for moving, kernel in zip(moved, self.kernels))
 
     def __str__(self) -> str:
         return " ".join([self.backend, *(f"{name}={value}" for name, value in self.config.items())])
@@ -86,7 +88,7 @@ def order(estimates: Sequence[Estimate], card: Card, length: int) -> list[Estima
     """Those that are not left out, the first by the rule first; length: of a sequence."""
 
     def place(estimate: Estimate) -> tuple[float, ...]:
-        return (estimate.launches if length < LONG else 0, estimate.work(card), estimate.launches)
+        return (estimate.launches if length < LONG else 0, estimate.seconds(card), estimate.launches)
 
     return sorted((estimate for estimate in estimates if not estimate.fault), key=place)
 

@@ -48,7 +48,8 @@ class Compiled:
     registers: per thread. spills: bytes per thread of registers that did not fit. shared: bytes per program.
     occupancy: the share of a multiprocessor's warps that can be resident. loads, stores: how many instructions that
     read and write global memory the code has, by their width in bytes; asynchronous: how many loads go straight to
-    shared memory. programs: of the launch, 0 where nobody said; bytes: of the tensors that it is given, each once.
+    shared memory. programs: of the launch, 0 where nobody said; bytes: of the tensors that it is given, each once;
+    steps: as the launch says.
     """
 
     kernel: str
@@ -63,6 +64,7 @@ class Compiled:
     asynchronous: int
     programs: int = 0
     bytes: int = 0
+    steps: int = 0
 
 
 # Where `remembering` keeps what was compiled

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Launch:
     num_stages: int | None = None
     # A thread's at most, where the compiler can be told (NVIDIA); None: as many as it likes
     registers: int | None = None
+    # Of a program that walks: how many there are that each wait for a load, one after the other
+    steps: int = 0
 
     def options(self, nvidia: bool) -> dict[str, int]:
         chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -43,7 +45,8 @@ class Launch:
 
     def compile_for(self, target: str) -> triton_aot.Compiled:
         options = self.options(target.startswith("sm_"))
-        return triton_aot.compile_kernel(self.kernel, self.arguments, target, programs=self.programs, **options)
+        compiled = triton_aot.compile_kernel(self.kernel, self.arguments, target, programs=self.programs, **options)
+        return replace(compiled, steps=self.steps)
 
 
 def missing(device: torch.device, interpreted: bool) -> list[str]:

@@ -60,13 +60,6 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     return [{"numbers": 8, "num_warps": 4, "rows": 32}, {"numbers": 8, "num_warps": 2, "rows": 32}]
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], num_warps: int, dtype: torch.dtype) -> Launch:
-    """Of a kernel that walks back over states it has left in memory. dtype: of the state."""
-    # one stage: what a program has left in memory it reads again, so no load may move before a store; and without a
-    # bound NVIDIA's assembler spills some registers so that more threads are resident
-    return Launch(kernel, programs, arguments, num_warps, num_stages=1, registers=REGISTERS[dtype])
-
-
 class Blocks:
     """How states are shared out: to a program all keys, and so many columns as the config has room for, of one state.
 
@@ -111,7 +104,17 @@ class Blocks:
             "R": self.config["rows"],
             "BK": self.BK,
         }
-        return launch(kernel, self.programs, {**arguments, **shared}, self.config["num_warps"], self.dtype)
+        # one stage: what a program has left in memory it reads again, so no load may move before a store; and without a
+        # bound NVIDIA's assembler spills some registers so that more threads are resident
+        return Launch(
+            kernel,
+            self.programs,
+            {**arguments, **shared},
+            self.config["num_warps"],
+            num_stages=1,
+            registers=REGISTERS[self.dtype],
+            steps=self.batch * self.length // self.sequences,
+        )
 
 
 class Recurrence(Blocks):

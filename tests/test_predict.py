@@ -69,6 +69,15 @@ def test_the_order_of_the_rule() -> None:
     assert names(estimate("two", (132, 150), (132, 150)), many) == ["many", "two"]
 
 
+def test_steps_that_wait_one_after_the_other_take_their_time() -> None:
+    """A walk of 4096 rows takes over a millisecond, in which 132 multiprocessors move 4 GB."""
+    rows, chunks = estimate("rows", (132, 10**9), steps=4096), estimate("chunks", (132, 10**9), (132, 10**9), steps=128)
+    assert names(rows, chunks) == ["chunks", "rows"]
+    assert names(rows, chunks, length=LONG - 1) == ["rows", "chunks"]
+    rows, chunks = estimate("rows", (132, 5 * 10**9), steps=4096), estimate("chunks", (132, 6 * 10**9), steps=128)
+    assert names(chunks, rows) == ["rows", "chunks"]
+
+
 def test_one_config_compiled_becomes_a_row_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the configs one is left to compile; the shipped table then says it comes first."""
     op, backend = OPS["scan"], OPS["scan"].backend("triton")

@@ -26,6 +26,7 @@ from kernels.triton_launch import Launch, compile_all
 
 # Rows of a chunk: the least that a product of tiles has, for a factor is in registers whole
 C = 16
+WALKS = delta_chunks, delta_chunks_back
 # Steps of a sequence from which chunks come first
 LONG = 4 * C
 # Numbers of a row in all heads: within a chunk, numbers are counted in 32 bits
@@ -192,7 +193,8 @@ class Chunks:
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], rows: int) -> Launch:
         # without a bound NVIDIA's assembler spills some registers so that more threads are resident
-        return Launch(kernel, programs, arguments, rows // 16, num_stages=1, registers=255)
+        steps = self.chunks // self.sequences if kernel in WALKS else 1
+        return Launch(kernel, programs, arguments, rows // 16, num_stages=1, registers=255, steps=steps)
 
     def _run(self, launches: list[Launch]) -> None:
         for launch in launches:

@@ -183,7 +183,7 @@ class Chunks:
         arguments |= {"log_decay": self.rows["log_decay"], "EXCLUSIVE": self.bonus is not None, "AGAINST": against}
         arguments |= {"SCALE": self.scale if against else 1.0, "WHOLE": self.whole, "STAGES": 2}
         blocks = -(-self.keys // arguments["BK"]) * -(-self.values // arguments["BV"])
-        return self._launch(gla_states, self.sequences * self.heads * blocks, arguments)
+        return self._launch(gla_states, self.sequences * self.heads * blocks, arguments, self.chunks // self.sequences)
 
     def outputs(self, tensors: Mapping[str, Tensor | None], *, against: bool) -> Launch:
         arguments: dict[str, Any] = {
@@ -206,7 +206,7 @@ class Chunks:
     def key_blocks(self) -> int:
         return -(-self.keys // self.blocks(gla_gradients)["BK"])
 
-    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> Launch:
+    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], steps: int = 1) -> Launch:
         given: dict[str, Any] = {
             "cu_seqlens": self.cu_seqlens,
             "T": self.length,
@@ -218,4 +218,12 @@ class Chunks:
         }
         if kernel is not gla_states:
             given |= {"N": self.sequences, "SCALE": self.scale}
-        return Launch(kernel, programs, given | arguments, self.config["num_warps"], num_stages=1, registers=REGISTERS)
+        return Launch(
+            kernel,
+            programs,
+            given | arguments,
+            self.config["num_warps"],
+            num_stages=1,
+            registers=REGISTERS,
+            steps=steps,
+        )
