@@ -8,8 +8,9 @@ rest the first is the one that, in this order,
 1. needs the fewest launches, where sequences are too short to be worth more than one (see LONG);
 2. needs the least time, summed over its launches: to move its bytes over the share of the multiprocessors that have a
    program, as half a card moves half as much, and no less than for the steps that wait for a load one after the other;
-3. needs the fewest launches;
-4. is simplest: it comes first in the backend's own list.
+3. needs the least time to move its bytes, where those steps take longer;
+4. needs the fewest launches;
+5. is simplest: it comes first in the backend's own list.
 
 No constant in it is fitted to a measurement, and nobody has measured whether it is right: such a record has the status
 "predicted", and counts for a problem only where nothing was measured.
@@ -76,9 +77,12 @@ class Estimate:
 
     def seconds(self, card: Card) -> float:
         """No launch is faster than the share of the card that has a program moves its bytes, or than its steps."""
+        return sum(max(s, LATENCY * kernel.steps) for s, kernel in zip(self.moving(card), self.kernels))
+
+    def moving(self, card: Card) -> list[float]:
+        """Seconds in which the share of the card that has a program moves a launch's bytes."""
         shares = [min(1.0, max(kernel.programs, 1) / card.multiprocessors) for kernel in self.kernels]
-        moved = [kernel.bytes / (share * card.bandwidth) for kernel, share in zip(self.kernels, shares)]
-        return sum(max(moving, LATENCY * kernel.steps) for moving, kernel in zip(moved, self.kernels))
+        return [kernel.bytes / (share * card.bandwidth) for kernel, share in zip(self.kernels, shares)]
 
     def __str__(self) -> str:
         return " ".join([self.backend, *(f"{name}={value}" for name, value in self.config.items())])
@@ -88,7 +92,8 @@ def order(estimates: Sequence[Estimate], card: Card, length: int) -> list[Estima
     """Those that are not left out, the first by the rule first; length: of a sequence."""
 
     def place(estimate: Estimate) -> tuple[float, ...]:
-        return (estimate.launches if length < LONG else 0, estimate.seconds(card), estimate.launches)
+        first = estimate.launches if length < LONG else 0
+        return first, estimate.seconds(card), sum(estimate.moving(card)), estimate.launches
 
     return sorted((estimate for estimate in estimates if not estimate.fault), key=place)
 

@@ -76,6 +76,8 @@ def test_steps_that_wait_one_after_the_other_take_their_time() -> None:
     assert names(rows, chunks, length=LONG - 1) == ["rows", "chunks"]
     rows, chunks = estimate("rows", (132, 5 * 10**9), steps=4096), estimate("chunks", (132, 6 * 10**9), steps=128)
     assert names(chunks, rows) == ["rows", "chunks"]
+    few, many = estimate("few", (66, 10**6), steps=4096), estimate("many", (132, 10**6), steps=4096)
+    assert names(few, many) == ["many", "few"]
 
 
 def test_one_config_compiled_becomes_a_row_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
