@@ -6,7 +6,6 @@ layer stands beside the products of its own projections. What is compared is tim
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -58,30 +57,6 @@ def in_cache(rounds: int) -> Iterator[Row]:
         name = f"{list(inputs[0].shape)} {str(dtype).removeprefix('torch.')}"
         detail = f"{forward_s * 1e3:.2f} ms, add {add_s * 1e3:.2f} ms"
         yield Row(f"forward / add, {name}", forward_s / add_s, limit, "×", detail)
-
-
-def threads(rounds: int) -> Iterator[Row]:
-    """How many times as fast two threads are as one: nothing is asked of it, cores share their memory's bandwidth."""
-    before = torch.get_num_threads()
-
-    def with_threads(count: int, function: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            torch.set_num_threads(count)
-            function()
-
-        return run
-
-    for dtype in STREAMING:
-        inputs = sampled((8, 2048, 1024), dtype)
-        for what, function in (
-            ("forward", lambda i=inputs: outputs(*i)),
-            ("forward + backward", trainer(outputs, *inputs)),
-        ):
-            one_s, two_s = medians([with_threads(count, function) for count in (1, 2)], max(rounds // 2, 3))
-            name = f"{list(inputs[0].shape)} {str(dtype).removeprefix('torch.')}"
-            detail = f"{one_s * 1e3:.2f} ms, {two_s * 1e3:.2f} ms"
-            yield Row(f"1 thread / 2 threads, {what}, {name}", one_s / two_s, math.inf, "×", detail)
-    torch.set_num_threads(before)
 
 
 def layers(rounds: int) -> Iterator[Row]:
@@ -145,4 +120,4 @@ def training(
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, (streaming, in_cache, threads, layers, decoding)))
+    sys.exit(main(__doc__, (streaming, in_cache, layers, decoding)))
