@@ -128,12 +128,13 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
 def test_the_default_device_is_for_new_tensors_of_users(name: str, direction: str) -> None:
     op = OPS[name]
     sizes = {letter: 5 for arg in op.inputs for letter in arg.letters if letter.isalpha()}
-    posed = pose(op, direction, {**sizes, "N": 3, "B": 1, "T": 20, "S": 20}, dtype=torch.float32, device=CPU, packed=True)
+    sizes |= {"N": 3, "B": 1, "T": 20, "S": 20}
+    posed = pose(op, direction, sizes, dtype=torch.float32, device=CPU, packed=True)
     inputs = draw(op, posed)
     with torch.device("meta"):
         there = draw(op, posed)
-    for given, right in zip(there.tensors, inputs.tensors):
-        assert given is right is None or torch.equal(given, right)
+    for drawn, right in zip(there.tensors, inputs.tensors):
+        assert drawn is right is None or torch.equal(drawn, right)
     for backend in op.backends:
         if not backend.cannot(posed):
             run = inputs.call(backend, backend.configs(posed)[0])

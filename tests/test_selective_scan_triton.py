@@ -8,11 +8,11 @@ from tests.triton_interpreter import run
 
 
 def test_values_and_gradients() -> None:
-    assert run("selective_scan_values.py", interpret=True, share=2) >= 61
+    assert run("selective_scan_values.py", interpret=True, share=4) >= 53
 
 
 def test_representative_kernels() -> None:
-    assert run("selective_scan_compile.py", "-m", "not long", interpret=False, share=4) >= 8
+    assert run("selective_scan_compile.py", "-m", "not long", interpret=False, share=8) >= 6
 
 
 @pytest.mark.long
