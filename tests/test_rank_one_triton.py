@@ -11,10 +11,6 @@ def test_values_and_gradients() -> None:
     assert run("rank_one_values.py", interpret=True, share=6) >= 134
 
 
-def test_representative_kernels() -> None:
-    assert run("rank_one_compile.py", "-m", "not long", interpret=False, share=8) >= 15
-
-
 @pytest.mark.long
 def test_every_kernel() -> None:
     assert run("rank_one_compile.py", "-m", "long", interpret=False) >= 600

@@ -11,10 +11,6 @@ def test_values_and_gradients() -> None:
     assert run("selective_scan_values.py", interpret=True, share=4) >= 53
 
 
-def test_representative_kernels() -> None:
-    assert run("selective_scan_compile.py", "-m", "not long", interpret=False, share=8) >= 6
-
-
 @pytest.mark.long
 def test_every_kernel() -> None:
     assert run("selective_scan_compile.py", "-m", "long", interpret=False) >= 200

@@ -11,10 +11,6 @@ def test_values_and_gradients() -> None:
     assert run("short_conv_values.py", interpret=True, share=4) >= 105
 
 
-def test_representative_kernels() -> None:
-    assert run("short_conv_compile.py", "-m", "not long", interpret=False, share=8) >= 9
-
-
 @pytest.mark.long
 def test_every_kernel() -> None:
     assert run("short_conv_compile.py", "-m", "long", interpret=False) >= 1000

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 RANKS = 4
+# of all tests; each has a cache folder of its own besides
+COMPILED = Path(os.environ["SEQUENCE_MIXERS_CACHE"]) / "native"
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    # a cache of its own: what was measured there favours another backend
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "SEQUENCE_MIXERS_CACHE": f"{folder}/cache{rank}",
-    }
+def _rank(rank: int, port: int, folder: str, compiled_code: str) -> None:
+    # a cache of its own: what was measured there favours another backend; what was compiled is everybody's
+    cache = Path(folder, f"cache{rank}")
+    cache.mkdir()
+    (cache / "native").symlink_to(compiled_code)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SEQUENCE_MIXERS_CACHE": str(cache)}
     import torch
     import torch.distributed as dist
 
@@ -61,10 +62,13 @@ def test_four_ranks_that_disagree_agree_on_rank_0(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    COMPILED.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(port), str(tmp_path), str(COMPILED)], env=env, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(RANKS)
     ]
     for rank in ranks:
@@ -87,4 +91,4 @@ def test_without_a_process_group_it_says_so() -> None:
 
 
 if __name__ == "__main__":
-    _rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _rank(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
