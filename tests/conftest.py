@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Set before anything is imported: no test may see, or change, what the user has tuned. Workers share the folder of the
 # process that started them, and what is compiled there, and leave the cores to each other.
@@ -16,6 +17,8 @@ else:
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from kernels import jit_cpp
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("ci", max_examples=50, derandomize=True, **_common)
@@ -30,6 +33,16 @@ LONGEST = ("triton", "distributed", "agree", "doctor", "sweeps", "graphs_prefill
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(word in item.nodeid for word in LONGEST))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """Where all tests run, workers compile the C++ from both ends of the list: none waits for what another compiles."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and len(request.session.items) > 1000:
+        sources = sorted(Path(jit_cpp.__file__).parent.glob("*/native.cpp"), reverse=worker == "gw1")
+        for source in sources:
+            jit_cpp.reason(source)
 
 
 @pytest.fixture
