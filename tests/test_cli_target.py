@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import autotune
 from kernels.cards import CARDS
-from mixers.commands import app
 from mixers.commands import target as targets
+from tests.command import run
 
 TARGET = ("--target", "sm_90")
-
-
-def run(*args: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, args, env={"COLUMNS": "160"})
-    assert result.exit_code == code, result.output + str(result.exception or "")
-    return re.sub(r"\s+", " ", result.output)
 
 
 @pytest.fixture
