@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_chunks import chunk_rows
+from kernels.triton_chunks import chunk_rows, load_tile, load_vector, store_vector
 from kernels.triton_matrix import place
 
 
@@ -46,28 +46,6 @@ def product_of_inputs(a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr):
 def rows_left(length, c, C: tl.constexpr):
     # of chunk c, in 32 bits: numbers of 64 are two registers
     return tl.minimum(length - c * C, C).to(tl.int32)
-
-
-@triton.jit
-def load_vector(tensor, first, count, h, H, C: tl.constexpr):
-    # [C] of [..., H]
-    rows = tl.arange(0, C)
-    return tl.load(tensor + (first * H + h) + rows * H, rows < count, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_vector(tensor, first, count, h, H, numbers, C: tl.constexpr):
-    rows = tl.arange(0, C)
-    tl.store(tensor + (first * H + h) + rows * H, numbers.to(tensor.dtype.element_ty), rows < count)
-
-
-@triton.jit
-def load_rows(tensor, first, count, h, H, W, columns, C: tl.constexpr):
-    # [C, columns] of [..., H, W]
-    rows = tl.arange(0, C)
-    inside = (rows < count)[:, None] & (columns < W)[None, :]
-    begin = tensor + (first * H + h) * W
-    return tl.load(begin + (rows[:, None] * (H * W) + columns[None, :]), inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -149,10 +127,9 @@ def delta_inverses(
 ):  # fmt: skip
     chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
     _, first, count = chunk_rows(cu_seqlens, chunk, T, N, C)
-    count = count.to(tl.int32)
     # packed sequences leave chunks that are nobody's
     if count > 0:
-        key = load_rows(k, first, count, h, H, K, tl.arange(0, BK), C)
+        key = load_tile(k, first, count, h, H, K, tl.arange(0, BK), C)
         L = product_of_inputs(key, tl.trans(key), NARROW, PRECISE) * between_rows(log_decay, first, count, h, H, C)
         L = tl.where(below(C), L * load_vector(beta, first, count, h, H, C)[None, :], 0.0)
         row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -181,11 +158,11 @@ def delta_chunks(
         if entering is not None:
             store_state(entering, index, K, V, keys, values, state)
         prefix, suffix, total = decays(log_decay, first, count, h, H, C)
-        key = load_rows(k, first, count, h, H, K, keys, C)
+        key = load_tile(k, first, count, h, H, K, keys, C)
         seen = product(state, tl.trans(key), NARROW, PRECISE) * prefix[None, :]
         if y is not None:
             # beside the other read, for the sake of registers
-            query = load_rows(q, first, count, h, H, K, keys, C)
+            query = load_tile(q, first, count, h, H, K, keys, C)
             out = product(state, tl.trans(query), NARROW, PRECISE) * prefix[None, :]
         error = load_turned(v, first, count, h, H, V, values, C) - seen
         error = tl.dot(error, tl.trans(load_inverse(inverses, index, C)), input_precision=PRECISE)
@@ -218,9 +195,9 @@ def delta_chunks_back(
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
         store_state(leaving, index, K, V, keys, values, dstate)
         prefix, suffix, total = decays(log_decay, first, count, h, H, C)
-        key = load_rows(k, first, count, h, H, K, keys, C)
+        key = load_tile(k, first, count, h, H, K, keys, C)
         du = product(dstate, tl.trans(key), NARROW, PRECISE) * suffix[None, :]
-        query = load_rows(q, first, count, h, H, K, keys, C)
+        query = load_tile(q, first, count, h, H, K, keys, C)
         M = product_of_inputs(query, tl.trans(key), NARROW, PRECISE) * between_rows(log_decay, first, count, h, H, C)
         out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
         du += tl.dot(out, M, input_precision=PRECISE)
@@ -242,7 +219,6 @@ def delta_chunk_gradients(
 ):  # fmt: skip
     chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
     _, first, count = chunk_rows(cu_seqlens, chunk, T, N, C)
-    count = count.to(tl.int32)
     if count > 0:
         keys = tl.arange(0, BK)
         index = chunk.to(tl.int64) * H + h

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton_rows import sigmoids
+from kernels.hgru.triton_gates import activated
 
 
 @triton.jit
@@ -21,18 +21,6 @@ def _places(row, head, batch_stride, stride, T, column, V: tl.constexpr, UNIT: t
     batch, step = (row // T).to(tl.int64), (row % T).to(tl.int64)
     start = (batch * batch_stride + step * stride) * UNIT + head.to(tl.int64) * V
     return start[:, None] + column[None, :]
-
-
-@triton.jit
-def _activated(g, ACTIVATION: tl.constexpr):
-    # act(g) and its derivative
-    of_g, of_minus_g = sigmoids(g)
-    if ACTIVATION == "silu":
-        return g * of_g, of_g * (1 + g * of_minus_g)
-    elif ACTIVATION == "sigmoid":
-        return of_g, of_g * of_minus_g
-    else:
-        return g, g * 0 + 1
 
 
 @triton.jit
@@ -63,7 +51,7 @@ def norm_forward(
     u = tl.load(x + _places(row, head, x_b, x_t, T, column, V, UNIT), inside, other=0.0).to(STATE)
     if gate is not None:
         g = tl.load(gate + _places(row, head, gate_b, gate_t, T, column, V, UNIT), inside, other=0.0).to(STATE)
-        opened = _activated(g, ACTIVATION)[0]
+        opened = activated(g, ACTIVATION)[0]
         if GATE_FIRST:
             u *= opened
     z = _normalised(u, inside, V, EPS, CENTER)[0]
@@ -98,7 +86,7 @@ def norm_backward(
         dz = tl.load(dy + _places(row, head, dy_b, dy_t, T, column, V, UNIT), inside, other=0.0).to(STATE)
         if gate is not None:
             g = tl.load(gate + _places(row, head, gate_b, gate_t, T, column, V, UNIT), inside, other=0.0).to(STATE)
-            opened, slope = _activated(g, ACTIVATION)
+            opened, slope = activated(g, ACTIVATION)
             if GATE_FIRST:
                 slope *= u
                 u *= opened
