@@ -45,13 +45,12 @@ def summary(a: Tensor, x: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, T
 
 def outputs(a: Tensor, x: Tensor, entering: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
     """h [B, n, C, D] in x's dtype, and the state [B, n, D] that leaves each chunk."""
-    chunk = a.shape[2]
-    rows: list[Tensor] = [entering] * chunk
-    state = entering
-    for c in range(chunk)[:: -1 if reverse else 1]:
+    order = range(a.shape[2])[:: -1 if reverse else 1]
+    rows, state = [], entering
+    for c in order:
         state = multiply(a[:, :, c].to(entering.dtype), state, pairs) + x[:, :, c].to(entering.dtype)
-        rows[c] = state.to(x.dtype)
-    return torch.stack(rows, 2), state
+        rows.append(state.to(x.dtype))
+    return torch.stack(rows[:: order.step], 2), state
 
 
 def summary_backward(a: Tensor, dh: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -72,15 +71,15 @@ def outputs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """da, dx [B, n, C, D] and c [B, n, D] leaving each chunk; `before`: h before each chunk's first row in time."""
     chunk, dtype = a.shape[2], entering.dtype
-    das, dxs = [entering] * chunk, [entering] * chunk
-    carried, step = entering, -1 if reverse else 1
-    for c in range(chunk)[::-step]:
+    order = range(chunk)[:: 1 if reverse else -1]
+    das, dxs, carried, step = [], [], entering, -order.step
+    for c in order:
         g = dh[:, :, c].to(dtype) + carried
         previous = h[:, :, c - step].to(dtype) if 0 <= c - step < chunk else before.to(dtype)
-        das[c] = multiply(g, conjugate(previous, pairs), pairs).to(a.dtype)
-        dxs[c] = g.to(h.dtype)
+        das.append(multiply(g, conjugate(previous, pairs), pairs).to(a.dtype))
+        dxs.append(g.to(h.dtype))
         carried = multiply(conjugate(a[:, :, c].to(dtype), pairs), g, pairs)
-    return torch.stack(das, 2), torch.stack(dxs, 2), carried
+    return torch.stack(das[:: order.step], 2), torch.stack(dxs[:: order.step], 2), carried
 
 
 def chunks(rows: Tensor, chunk: int, fill: Tensor | float = 0.0) -> Tensor:
