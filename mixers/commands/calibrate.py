@@ -20,13 +20,16 @@ from kernels.tuning import tune_problems
 from mixers import registry
 from mixers.commands import common
 from mixers.commands import target as targets
-from mixers.commands.common import Device, Dim, Isolate, mistakes
+from mixers.commands.common import Device, Isolate, mistakes
 from mixers.commands.doctor import doctor
 from mixers.commands.tables import tables
 
 # The share of the time that tuning gets; the sweep has the rest. Checks take as long as they take.
 TUNING = 0.6
 LENGTHS = (1, 512, 2048, 8192)
+# What does not fill a GPU says little of it: sequences, and a layer's width
+BATCH, DIM = {"cpu": 1}, {"cpu": 512}
+GPU_BATCH, GPU_DIM = 8, 2048
 BENCHMARKS = Path("benchmarks")
 
 
@@ -34,7 +37,12 @@ def calibrate(
     context: typer.Context,
     minutes: Annotated[float, typer.Option(min=0.01, help="For tuning and the sweep together.")] = 30.0,
     device: Device = None,
-    dim: Dim = 512,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Width of x and y; by default 512, on a GPU 2048.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in a batch; by default 1, on a GPU 8.", show_default=False)
+    ] = None,
     length: Annotated[list[int], typer.Option(min=1, help="Tokens in a sequence, T; repeat it.")] = list(LENGTHS),  # noqa: B006
     mixer: Annotated[
         list[str] | None, typer.Option(help="Only this mixer; repeat it. By default all.", show_default=False)
@@ -73,7 +81,8 @@ def calibrate(
     except typer.Exit as end:
         wrong = bool(end.exit_code)
     console.rule("2 of 4: tuning", align="left")
-    met = problems(console, names, dim, length, where)
+    dim, batch = dim or DIM.get(where.type, GPU_DIM), batch or BATCH.get(where.type, GPU_BATCH)
+    met = problems(console, names, dim, batch, length, where)
     tune(console, met, 60 * minutes * TUNING, isolate)
     console.rule("3 of 4: benchmarks", align="left")
     swept = sweep(console, minutes * (1 - TUNING), where)
@@ -104,7 +113,9 @@ def _dry_run(names: list[str], out: Path) -> None:
             console.print(Text(str(out / name), "dim"))
 
 
-def problems(console: Console, names: list[str], dim: int, lengths: list[int], device: torch.device) -> list[Problem]:
+def problems(
+    console: Console, names: list[str], dim: int, batch: int, lengths: list[int], device: torch.device
+) -> list[Problem]:
     """What the mixers meet at these lengths in float32 and bfloat16, forward and backward; decoding forward only."""
     met: dict[Problem, None] = {}
     with console.status("") as status:
@@ -113,7 +124,7 @@ def problems(console: Console, names: list[str], dim: int, lengths: list[int], d
                 built = common.build(name, dim, {}, dtype=dtype, device=device)
                 for length in lengths:
                     status.update(f"running {name} at T = {length}")
-                    found = common.problems_of(built, 1, length, backward=length > 1)
+                    found = common.problems_of(built, batch, length, backward=length > 1)
                     met.update(dict.fromkeys(found))
     return list(met)
 
