@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import torch
 from torch.autograd.gradcheck import GradcheckError
 
 from mixers import registry
@@ -18,13 +19,23 @@ from mixers.checks.laws import LAWS, SLOW
 __all__ = ["LAWS", "SLOW", "Case", "LawBroken", "Make", "check", "run"]
 
 
-def run(mixer: Make | str, *, laws: Sequence[str] | None = None, examples: int = 10, seed: int = 0) -> None:
-    """Checks a mixer (a registered name, or a function from a width to a fresh mixer) against the laws.
+def run(
+    mixer: Make | str,
+    *,
+    laws: Sequence[str] | None = None,
+    examples: int = 10,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Checks a mixer (a registered name, or a function from a width to a fresh mixer) against the laws, on the device.
 
     Raises:
         LawBroken: the first law that does not hold, with the case that shows it.
-        ValueError: there is no law, or no mixer, of a name.
+        ValueError: there is no law, or no mixer, of a name; the device has no float64.
     """
+    device = torch.device(device)
+    if device.type == "mps":
+        raise ValueError("checks: the laws compare in float64, which mps has not; run them on the CPU")
     if isinstance(mixer, str):
         name = mixer
         registry.get(name)
@@ -36,7 +47,7 @@ def run(mixer: Make | str, *, laws: Sequence[str] | None = None, examples: int =
             raise ValueError(f"no law {law!r}{registry.suggest(law, LAWS)}; there are {', '.join(LAWS)}")
         rng = random.Random(seed)
         for _ in range(2 if law in SLOW else examples):
-            check(law, make, Case.draw(rng))
+            check(law, make, Case.draw(rng, device))
 
 
 def check(law: str, make: Make, case: Case) -> None:

@@ -36,8 +36,8 @@ def probe(tree: Any) -> Tensor:
     total: Any = 0.0
     for leaf in state.leaves(tree):
         if leaf.is_floating_point() and leaf.numel():
-            weights = torch.linspace(0.5, 1.5, leaf[0].numel(), dtype=leaf.dtype).reshape(leaf[0].shape)
-            total = total + (leaf * weights).sum()
+            weights = torch.linspace(0.5, 1.5, leaf[0].numel(), dtype=leaf.dtype, device=leaf.device)
+            total = total + (leaf * weights.reshape(leaf[0].shape)).sum()
     return total
 
 

@@ -91,7 +91,7 @@ def packed(make: Make, case: Case) -> None:
     rng = random.Random(case.seed)
     lengths = [case.cut, 0, case.length - case.cut, rng.randint(0, 5), 1]
     borders = [0, *itertools.accumulate(lengths)]
-    cu_seqlens = torch.tensor(borders, dtype=rng.choice((torch.int32, torch.int64)))
+    cu_seqlens = torch.tensor(borders, dtype=rng.choice((torch.int32, torch.int64)), device=case.device)
     x = case.normal(1, borders[-1], case.dim).requires_grad_()
     together = mixer(x, cu_seqlens=cu_seqlens)
     ys, states = [], []
@@ -232,13 +232,13 @@ def copies_and_reloads(make: Make, case: Case) -> None:
     mixer, x = case.mixer(make), case.x()
     y = mixer(x)[0]
     equal("y of the deepcopy", copy.deepcopy(mixer)(x)[0], y)
-    fresh = make(case.dim).to(torch.float64)
+    fresh = make(case.dim).to(case.device, torch.float64)
     fresh.load_state_dict(mixer.state_dict())
     equal("y after load_state_dict", fresh.eval()(x)[0], y)
     with torch.device("meta"):
         empty = make(case.dim)
     require(all(t.is_meta for t in (*empty.parameters(), *empty.buffers())), "a tensor was made on a real device")
-    full = empty.to(torch.float64).to_empty(device="cpu")
+    full = empty.to(torch.float64).to_empty(device=case.device)
     full.load_state_dict(mixer.state_dict())
     equal("y after meta-device initialisation", full.eval()(x)[0], y)
     rebuilt = type(mixer)(**{k: v for k, v in mixer.config().items() if k != "name"})
@@ -250,7 +250,7 @@ def autocast(make: Make, case: Case) -> None:
     # one token's output may be a number near 0 over its own size, whose sign is a matter of rounding
     mixer, x = case.mixer(make, torch.float32), case.normal(case.batch, max(case.length, 4), case.dim).float()
     y, _ = mixer(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(case.device.type, torch.bfloat16):
         narrow, after = mixer(x)
         if mixer.causal:
             before = mixer.init_state(case.batch, dtype=torch.bfloat16)
