@@ -199,7 +199,7 @@ def both_ways(function: Callable[[Tensor], Tensor], x: Tensor, tail: int) -> tup
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("op", "backend"), OURS, ids=name_of)
+@pytest.mark.parametrize(("op", "backend"), TRITON, ids=name_of)
 def test_runs_on_the_current_stream(op: Op, backend: Backend, direction: str) -> None:
     problem = posed(op, direction, torch.bfloat16, T=130)
     inputs = draw(op, problem)
