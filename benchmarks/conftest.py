@@ -7,46 +7,34 @@ out when the time is over are the longest lengths of the slowest backends; `--re
 from __future__ import annotations
 
 import gc
-import platform
+import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import machine
 import pytest
 import torch
-from sizes import sizes_of
+from libraries import peers_of
+from sizes import ACCELERATED_LAYERS, LAYERS, accelerated, sizes_of
+from timer import Timer, about
 
-import autotune
 import mixers
-from autotune.device import synchronizer
 from kernels.agreement import pose
 from kernels.catalogue import OPS
 from kernels.op import Op
 from mixers import tables
 
-# For each row: about so long, at least so many rounds, and none at all where a single call takes longer.
-ROW_SECONDS = 0.4
-MIN_ROUNDS, MAX_ROUNDS = 3, 40
-CALL_SECONDS = 2.0
-# nor where a shorter one lets expect that it takes so many times as long
-SURELY = 2.0
-# Calls shorter than this are timed several at a time.
-SAMPLE_SECONDS = 1e-3
-
 LENGTHS = (1, 512, 2048, 8192)
 FULL_LENGTHS = (1, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 DTYPES = ("float32", "bfloat16")
-DIM = 512
 FULL_DIMS = (256, 512, 1024, 2048)
 FULL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-LONG = f"more than {CALL_SECONDS:g} s; --full times it"
+WIDTHS = f"{LAYERS[1]} on a CPU, {ACCELERATED_LAYERS[1]} on a GPU"
+
 OVER = "minutes are over"
 DIRECTIONS = ("forward", "decode", "forward+backward")
 
@@ -56,9 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="every length and dtype, calls of any duration, no time limit")
     group.addoption("--minutes", type=float, default=15.0, help="rows that have not begun by then are left out")
     group.addoption("--resume", action="store_true", help="without the rows that are saved, made with these sources")
-    group.addoption("--dim", type=int, action="append", help=f"the layers' width; repeat it; by default {DIM}")
+    group.addoption("--dim", type=int, action="append", help=f"the layers' width; repeat it; by default {WIDTHS}")
     group.addoption("--peers", action="store_true", help="other libraries beside ours, where they are installed")
     group.addoption("--device", default=None, help="cpu, cuda, ...; by default the accelerator, if there is one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--benchmark-disable"):
+        # fla's autotuner shall not keep what it finds while other processes use the GPU
+        os.environ.setdefault("FLA_CACHE_RESULTS", "0")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -68,7 +62,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "dtype_name" in metafunc.fixturenames:
         metafunc.parametrize("dtype_name", FULL_DTYPES if full else DTYPES)
     if "dim" in metafunc.fixturenames:
-        dims = metafunc.config.getoption("--dim") or (FULL_DIMS if full else (DIM,))
+        usual = ACCELERATED_LAYERS if accelerated(device_of(metafunc.config)) else LAYERS
+        dims = metafunc.config.getoption("--dim") or (FULL_DIMS if full else usual[1:])
         metafunc.parametrize("dim", dims, ids=lambda n: f"D{n}")
 
 
@@ -76,7 +71,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Short lengths first, and of long ones what is fast; ops and layers take turns."""
     device = device_of(config)
-    items.sort(key=lambda item: _place(item, device))
+    # cases of ops that nobody else has on this device
+    alone = [item for item in items if "case" in (facts := _facts(item)) and not peers_of(facts["case"], device)]
+    config.hook.pytest_deselected(items=alone)
+    items[:] = sorted((item for item in items if item not in alone), key=lambda item: _place(item, device))
     if config.getoption("--resume"):
         measured = tables.measured_tests(_storage(config), about(device))
         done = [item for item in items if tables.test_name(item.nodeid) in measured]
@@ -90,14 +88,23 @@ def _storage(config: pytest.Config) -> Path:
 
 def _place(item: Any, device: torch.device) -> tuple[int, ...]:
     """A step up for every next length, and for backends that are not the fastest of their op."""
-    facts = item.callspec.params
+    facts = _facts(item)
     if "part" in facts:
         return (-1,)
     length = facts.get("length") or facts.get("tokens", 0)
     slowness = _slowness(facts["op"], facts["name"], device) if "op" in facts else "length" not in facts
-    dtype = FULL_DTYPES.index(facts.get("dtype_name") or facts.get("dtype", DTYPES[0]))
+    dtype = _dtypes(device).index(facts.get("dtype_name") or facts.get("dtype", DTYPES[0]))
     direction = DIRECTIONS.index(facts.get("direction", DIRECTIONS[0]))
     return sum(each < length for each in LENGTHS) + slowness, length, dtype, direction
+
+
+def _facts(item: Any) -> dict[str, Any]:
+    return item.callspec.params
+
+
+def _dtypes(device: torch.device) -> tuple[str, ...]:
+    """First what people use there."""
+    return tuple(sorted(FULL_DTYPES, key="bfloat16".__ne__)) if accelerated(device) else FULL_DTYPES
 
 
 def _slowness(op: Op, name: str, device: torch.device) -> int:
@@ -121,10 +128,10 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 @pytest.fixture(scope="session")
 def start(request: pytest.FixtureRequest, device: torch.device) -> float:
     """When the minutes begin: what is compiled once for a machine is not on their account."""
-    facts = [getattr(item, "callspec").params for item in request.session.items]  # noqa: B009
+    facts = [_facts(item) for item in request.session.items]
     named = {name for each in facts if "dim" in each for name in mixers.registry.get(each["name"]).ops}
     for op in {each["op"].name for each in facts if "op" in each} | named:
-        OPS[op].choose(pose(OPS[op], "forward", sizes_of(OPS[op], 1), dtype=torch.float32, device=device))
+        OPS[op].choose(pose(OPS[op], "forward", sizes_of(OPS[op], 1, device), dtype=torch.float32, device=device))
     # what is there by now stays, and need not be looked through after every row
     gc.collect()
     gc.freeze()
@@ -138,6 +145,14 @@ def in_time(pytestconfig: pytest.Config, start: float) -> None:
         pytest.skip(f"{minutes:g} {OVER}; --minutes gives more, --full as much as it takes")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"{item.name}: {str(error).partition('. ')[0]}")
+
+
 @pytest.fixture(autouse=True)
 def memory() -> Iterator[None]:
     """The tensors of one row are gone before the next."""
@@ -145,52 +160,6 @@ def memory() -> Iterator[None]:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
-
-
-@dataclass
-class Timer:
-    """Times one call and files it with the facts that describe it."""
-
-    benchmark: Any
-    device: torch.device
-    full: bool
-    # for each subject the last length and the seconds of a call
-    calls: dict[tuple[str, ...], tuple[int, float]]
-
-    def __call__(self, run: Callable[[], object], facts: Mapping[str, Any]) -> None:
-        wait = synchronizer(self.device) or (lambda: None)
-
-        def synchronized() -> None:
-            run()
-            wait()
-
-        if not self.full:
-            self.expect(facts)
-        # the first call compiles what there is to compile
-        synchronized()
-        start = time.perf_counter()
-        synchronized()
-        once = time.perf_counter() - start
-        self.calls[_subject(facts)] = (facts["length"], once)
-        if once > CALL_SECONDS and not self.full:
-            pytest.skip(f"{self.benchmark.name}: a call takes {once:.1f} s, {LONG}")
-        iterations = max(round(SAMPLE_SECONDS / once), 1)
-        rounds = min(max(round(ROW_SECONDS / (once * iterations)), MIN_ROUNDS), MAX_ROUNDS)
-        self.benchmark.extra_info.update({**facts, **about(self.device), **limits(self.device, facts["dtype"])})
-        self.benchmark.pedantic(synchronized, rounds=rounds, iterations=iterations)
-
-    def expect(self, facts: Mapping[str, Any]) -> None:
-        """Skips what would take far too long, by the time of the same at a shorter length: nothing is less than linear
-        in its length from some hundred tokens on."""
-        length, once = self.calls.get(_subject(facts), (1, 0.0))
-        seconds = once * facts["length"] / length
-        if length > 1 and seconds > SURELY * CALL_SECONDS:
-            pytest.skip(f"{self.benchmark.name}: a call would take {seconds:.0f} s by T = {length:,}, {LONG}")
-
-
-def _subject(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is timed, at whatever length."""
-    return tuple(str(facts.get(name)) for name in ("kind", "name", "variant", "direction", "dtype", "sizes", "backend"))
 
 
 @pytest.fixture(scope="session")
@@ -201,28 +170,6 @@ def calls() -> dict[tuple[str, ...], tuple[int, float]]:
 @pytest.fixture
 def timer(benchmark: Any, device: torch.device, pytestconfig: pytest.Config, calls: Any) -> Timer:
     return Timer(benchmark, device, pytestconfig.getoption("--full"), calls)
-
-
-def about(device: torch.device) -> dict[str, Any]:
-    """Where and with what a row was measured."""
-    return {
-        "device": autotune.fingerprint(device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "torch": str(torch.__version__),
-            "triton": _version("triton"),
-            "python": platform.python_version(),
-            "version": _version("sequence-mixers"),
-        },
-    }
-
-
-def limits(device: torch.device, dtype: str) -> dict[str, float]:
-    """What the device can do at most, measured once a session."""
-    return {
-        "limit_bytes_s": machine.bytes_per_second(device),
-        "limit_flops_s": machine.flops_per_second(device, getattr(torch, dtype)),
-    }
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -257,10 +204,3 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     # targets have a table of their own
     output_json["benchmarks"] = [row for row in output_json["benchmarks"] if "device" in row["extra_info"]]
     output_json["command"] = f"python -m pytest {shlex.join(map(str, config.invocation_params.args))}"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

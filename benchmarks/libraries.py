@@ -1,4 +1,5 @@
-"""Other libraries' PyTorch paths for some of our ops, each with the layout and the conventions of its own."""
+"""Other libraries' paths for some of our ops, each with the layout and the conventions of its own: on a CPU those of
+plain PyTorch, on a GPU flash-linear-attention's kernels."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import foreign
+
 # An op's function of tensors, by the op's own names, without states; and its result in the op's own layout.
 Inputs = Mapping[str, Tensor]
 Prepared = tuple[Callable[..., Tensor], Sequence[Tensor], Callable[[Tensor], Tensor]]
@@ -24,7 +27,8 @@ class Peer:
     """Somebody else's implementation. case: a key of CASES. package: the distribution. multiple: T must be one of it.
 
     prepare(inputs): a function, its inputs in the layout that it takes, and how its result is brought into ours.
-    Raises ImportError where its package is missing. compiles: it first generates code, for a minute or so.
+    Raises ImportError where its package is missing. compiles: it first generates code, for a minute or so. device: the
+    type of those that it is compared on.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Peer:
     prepare: Callable[[Inputs], Prepared]
     multiple: int = 1
     compiles: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,11 @@ CASES = {
     "delta_rule": Case("delta_rule", {}, {"log_decay": False}),
     "delta_rule per head": Case("delta_rule", {"J": 1}),
     "delta_rule per key": Case("delta_rule", {"J": 2}),
+    "dplr per key": Case("dplr", {"J": 2}),
     "selective_scan": Case("selective_scan", {"K": 16}),
+    # theirs has one weight for all heads
+    "gated_norm": Case("gated_norm", {"H": 1, "V": 2048}, {"bias": False}),
+    "short_conv": Case("short_conv"),
 }
 
 
@@ -169,7 +178,39 @@ def transformers_selective(given: Inputs) -> Prepared:
     return run, [x, delta, given["A"], B, C, given["D"]], lambda y: y.transpose(1, 2)
 
 
+def launched(path: str, *names: str, decay: str = "", **options: Any) -> Callable[[Inputs], Prepared]:
+    """One of fla's functions around kernels: of tensors by name, and of decays where it has them."""
+
+    def prepare(given: Inputs) -> Prepared:
+        function = partial(foreign.function(path), **options)
+        if decay:
+            return by_name(function, decay, names, given)
+        return lambda *tensors: function(**dict(zip(names, tensors)))[0], [given[name] for name in names], lambda y: y
+
+    return prepare
+
+
+def launched_scan(path: str) -> Callable[[Inputs], Prepared]:
+    def prepare(given: Inputs) -> Prepared:
+        function = foreign.function(path)
+        return lambda g, x: function(x=x, g=g)[0], [given["a"].log(), given["x"]], lambda h: h
+
+    return prepare
+
+
+def fla_norm(given: Inputs) -> Prepared:
+    function = foreign.function("fla.modules.norm.fused_norm_gate:rms_norm_gated")
+    x, gate, weight = (given[name].squeeze(-2) for name in ("x", "gate", "weight"))
+    return lambda *tensors: function(*tensors, bias=None, eps=1e-5), [x, gate, weight], lambda y: y.unsqueeze(2)
+
+
 QKV = ("q", "k", "v")
+
+
+def on_gpu(name: str, case: str, prepare: Callable[[Inputs], Prepared]) -> Peer:
+    return Peer(name, case, "fla-core", prepare, device="cuda")
+
+
 PEERS = (
     Peer("fla-naive", "scan", "fla-core", fla_scan),
     Peer("accelerated-scan-ref", "scan", "accelerated-scan", accelerated_scan),
@@ -197,4 +238,29 @@ PEERS = (
     ),
     Peer("mambapy", "selective_scan", "mambapy", mambapy_selective),
     Peer("transformers", "selective_scan", "transformers", transformers_selective),
+    on_gpu("fla-chunk", "scan", launched_scan("fla.ops.hgrn:chunk_hgrn")),
+    on_gpu("fla-recurrent", "scan", launched_scan("fla.ops.hgrn:fused_recurrent_hgrn")),
+    on_gpu("fla-chunk", "gla per head", launched("fla.ops.simple_gla:chunk_simple_gla", *QKV, decay="g")),
+    on_gpu("fla-chunk", "gla per key", launched("fla.ops.gla:chunk_gla", *QKV, decay="g")),
+    on_gpu("fla-recurrent", "gla per key", launched("fla.ops.gla:fused_recurrent_gla", *QKV, decay="gk")),
+    on_gpu("fla-chunk", "delta_rule", launched("fla.ops.delta_rule:chunk_delta_rule", *QKV, "beta")),
+    on_gpu(
+        "fla-chunk",
+        "delta_rule per head",
+        launched("fla.ops.gated_delta_rule:chunk_gated_delta_rule", *QKV, "beta", decay="g"),
+    ),
+    on_gpu("fla-chunk", "delta_rule per key", launched("fla.ops.kda:chunk_kda", *QKV, "beta", decay="g")),
+    on_gpu(
+        "fla-chunk",
+        "dplr per key",
+        launched("fla.ops.generalized_delta_rule:chunk_dplr_delta_rule", *QKV, "a", "b", decay="gk"),
+    ),
+    on_gpu("fla", "gated_norm", fla_norm),
+    on_gpu(
+        "fla", "short_conv", launched("fla.modules.causal_conv1d:causal_conv1d", "x", "weight", "bias", activation=None)
+    ),
 )
+
+
+def peers_of(case: str, device: torch.device) -> list[Peer]:
+    return [peer for peer in PEERS if (peer.case, peer.device) == (case, device.type)]

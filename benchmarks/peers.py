@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from libraries import CASES, PEERS, Inputs, Peer
+from libraries import CASES, Inputs, Peer, peers_of
 from limits import Row, main, medians, trainer
+from sizes import accelerated, drawn
+from timing import seconds_of
 from torch import Tensor
 
-from kernels.agreement import draw, pose
+from autotune.device import synchronizer
+from kernels.agreement import pose
 from kernels.catalogue import OPS
 from kernels.problem import Problem
 
@@ -64,8 +66,8 @@ def sampled(case: str, sizes: Mapping[str, int], dtype: torch.dtype, device: tor
     """Its tensors."""
     problem = posed(case, "forward", sizes, dtype, device)
     op = OPS[problem.op]
-    drawn = draw(op, problem)
-    return {arg.name: t for arg, t in zip(op.inputs, drawn.tensors) if t is not None}
+    tensors = drawn(op, problem).tensors
+    return {arg.name: t for arg, t in zip(op.inputs, tensors) if t is not None}
 
 
 def ours(case: str, given: Inputs) -> Subject:
@@ -84,19 +86,21 @@ def prepared(
     peer: Peer, given: Inputs, direction: str, *, longest: float = LONGEST, generate: bool = True
 ) -> Subject | str:
     """The peer, called once or twice; or why it is not compared. generate: wait for those that generate code."""
-    length = next(iter(given.values())).shape[1]
+    first = next(iter(given.values()))
+    length, wait = first.shape[1], synchronizer(first.device)
     if peer.compiles and not generate:
         return "code is generated for a minute or more"
     if length % peer.multiple:
         return f"takes multiples of {peer.multiple} rows"
     try:
         function, inputs, back = peer.prepare(given)
-        if length > 256 and not peer.compiles:
+        # kernels are tuned for a length by their first call, and are never that slow
+        if length > 256 and not peer.compiles and not accelerated(first.device):
             few = {name: t[:, :256] if t.ndim > 2 and t.shape[1] == length else t for name, t in given.items()}
             brief = Subject(*peer.prepare(few)[:2]).run(direction)
-            seconds = once(brief) * length / 256
+            seconds = seconds_of(brief, wait) * length / 256
             # the first call warms up
-            seconds = min(seconds, once(brief) * length / 256) if seconds < 10 * longest else seconds
+            seconds = min(seconds, seconds_of(brief, wait) * length / 256) if seconds < 10 * longest else seconds
             if seconds > longest:
                 return f"one call takes {seconds:.0f} s or more"
         subject = Subject(function, inputs)
@@ -104,7 +108,9 @@ def prepared(
         error = float((result - expected).abs().max() / expected.abs().max())
         if not error <= CLOSE:
             return f"gives something else: off by {error:.2g} of the result's scale"
-        seconds = once(subject.run(direction))
+        if accelerated(first.device):
+            seconds_of(subject.run(direction), wait)
+        seconds = seconds_of(subject.run(direction), wait)
         if seconds > longest and not peer.compiles:
             return f"one call takes {seconds:.0f} s"
     except ImportError as error:
@@ -114,12 +120,6 @@ def prepared(
     return subject
 
 
-def once(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def ratios(rounds: int) -> Iterator[Row]:
     """Ours over the fastest peer at each shape, and over everybody at all of them."""
     logarithms = []
@@ -127,7 +127,7 @@ def ratios(rounds: int) -> Iterator[Row]:
         shape = f"[{B}, {T}, {D}] float32"
         given = sampled("scan", {"B": B, "T": T, "D": D}, torch.float32, torch.device("cpu"))
         found: dict[str, Subject] = {}
-        for peer in (peer for peer in PEERS if peer.case == "scan"):
+        for peer in peers_of("scan", torch.device("cpu")):
             # for one length those that generate code are enough of a wait
             subject = prepared(peer, given, "forward+backward", generate=SHAPES[0][1] == T)
             if isinstance(subject, str):

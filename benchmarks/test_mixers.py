@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import ACCELERATED_LAYERS, LAYERS, accelerated
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import mixers
 from mixers.tables import sources
-
-BATCH = 1
 
 
 @pytest.mark.parametrize("name", mixers.names())
@@ -24,10 +23,11 @@ def test_mixer(
     if length == 1 and direction != "decode":
         pytest.skip("a single token is decoding")
     dtype = getattr(torch, dtype_name)
+    batch = (ACCELERATED_LAYERS if accelerated(device) else LAYERS)[0]
     with torch.device(device):
         torch.manual_seed(0)
         mixer = mixers.build(name, dim).to(dtype)
-        x = torch.randn(BATCH, length, dim, dtype=dtype)
+        x = torch.randn(batch, length, dim, dtype=dtype)
     run = {"forward": forward, "forward+backward": forward_backward, "decode": decode}[direction](mixer, x)
     facts = {
         "kind": "mixer",
@@ -36,8 +36,8 @@ def test_mixer(
         "dtype": dtype_name,
         # of a decoding step: the tokens that came before
         "length": length,
-        "sizes": {"dim": dim, "B": BATCH},
-        "tokens": BATCH if direction == "decode" else BATCH * length,
+        "sizes": {"dim": dim, "B": batch},
+        "tokens": batch if direction == "decode" else batch * length,
         "source": sources("mixer", name),
         "bytes": least_bytes(mixer, x, direction),
         "flops": flops(run if direction == "decode" else forward(mixer, x)) * (3 if "backward" in direction else 1),

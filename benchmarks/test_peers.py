@@ -1,30 +1,28 @@
-"""Ops beside other libraries' PyTorch paths, with --peers: the same numbers, in turns, without states.
+"""Ops beside other libraries, with --peers: the same numbers, in turns, without states.
 
-Each round of ours is preceded by one call of every peer. Their rows stand beside ours as backends "peer:...".
+Each round of ours is preceded by one of every peer: a call, on a GPU as many as fill a round. Their rows stand beside
+ours as backends "peer:...".
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
-from conftest import CALL_SECONDS, MAX_ROUNDS, MIN_ROUNDS, about, limits
-from libraries import CASES, PEERS
+from libraries import CASES, peers_of
 from peers import ours, posed, prepared, sampled
 from pytest_benchmark.stats import Stats
-from sizes import sizes_of
+from sizes import accelerated, sizes_of
 from test_ops import described
+from timer import about, limits
+from timing import budget_of, seconds_of
 
 from autotune.device import synchronizer
 from kernels.catalogue import OPS
 from mixers.units import seconds
-
-# For each test
-SECONDS = 3.0
 
 
 class Rows:
@@ -53,11 +51,11 @@ def rows(pytestconfig: pytest.Config) -> Rows:
 
 
 @pytest.fixture
-def full(pytestconfig: pytest.Config, dtype: str) -> bool:
+def full(pytestconfig: pytest.Config, dtype: str, device: torch.device) -> bool:
     if not pytestconfig.getoption("--peers"):
         pytest.skip("--peers times other libraries too")
     full = pytestconfig.getoption("--full")
-    if dtype != "float32" and not full:
+    if dtype != "float32" and not full and not accelerated(device):
         pytest.skip("beside peers in float32; --full has bfloat16 too")
     return full
 
@@ -71,11 +69,11 @@ def test_beside_peers(
     benchmark: Any, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     op = OPS[CASES[case].op]
-    sizes = sizes_of(op, tokens)
+    sizes = sizes_of(op, tokens, device)
     given = sampled(case, sizes, getattr(torch, dtype), device)
     found: dict[str, Callable[[], object]] = {}
-    for peer in (peer for peer in PEERS if peer.case == case):
-        longest = float("inf") if full else CALL_SECONDS
+    for peer in peers_of(case, device):
+        longest = float("inf") if full else budget_of(device).call
         subject = prepared(peer, given, direction, longest=longest, generate=full)
         if isinstance(subject, str):
             rows.reasons.setdefault(f"{peer.name}: {subject}", []).append(f"{case}, {direction}, T = {tokens}")
@@ -84,6 +82,9 @@ def test_beside_peers(
     if not found:
         pytest.skip("no peer to stand beside")
     own = ours(case, given).run(direction)
+    if benchmark.disabled:
+        benchmark.pedantic(seconds_of, args=(own, synchronizer(device)))
+        return
     stats = beside(benchmark, own, found, device)
     median = benchmark.stats.stats.median
     ratios = ", ".join(f"{name.partition(':')[2]} {each.median / median:.3g} ×" for name, each in stats.items())
@@ -94,7 +95,7 @@ def test_beside_peers(
     variant = " ".join([*case.split()[1:], "beside peers"])
     shared = {**described(problems, variant), **about(device), **limits(device, dtype)}
     benchmark.extra_info.update({**shared, "backend": "+".join(sorted(plans)), "chosen": True})
-    packages = {f"peer:{peer.name}": peer.package for peer in PEERS if peer.case == case}
+    packages = {f"peer:{peer.name}": peer.package for peer in peers_of(case, device)}
     for name, each in stats.items():
         config = {packages[name]: version(packages[name])}
         info = {**shared, "backend": name, "config": config, "chosen": False}
@@ -113,26 +114,21 @@ def beside(
     benchmark: Any, own: Callable[[], object], others: dict[str, Callable[[], object]], device: torch.device
 ) -> dict[str, Stats]:
     """Times ours by pytest-benchmark; before each of its rounds, the others, each round beginning with another one."""
-    wait = synchronizer(device) or (lambda: None)
-
-    def timed(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        wait()
-        return time.perf_counter() - start
-
+    wait, budget = synchronizer(device), budget_of(device)
+    runs = {"": own, **others}
+    once = {name: seconds_of(run, wait) for name, run in runs.items()}
+    # where calls are queued, a round of each is as long as that of a sweep's row
+    calls = {name: budget.iterations(once[name]) if wait else 1 for name in runs}
     turns, stats = list(others), {name: Stats() for name in others}
-    total = sum(timed(run) for run in (own, *others.values()))
 
     def round_of_others() -> None:
         turns.append(turns.pop(0))
         for name in turns:
-            stats[name].update(timed(others[name]))
+            stats[name].update(seconds_of(others[name], wait, calls[name]))
 
-    def synchronized() -> None:
-        own()
-        wait()
-
-    rounds = min(max(round(SECONDS / total), MIN_ROUNDS), MAX_ROUNDS)
-    benchmark.pedantic(synchronized, setup=round_of_others, rounds=rounds)
+    rounds = budget.rounds(sum(calls[name] * once[name] for name in runs), budget.beside)
+    benchmark.pedantic(seconds_of, args=(own, wait, calls[""]), setup=round_of_others, rounds=rounds)
+    # pytest-benchmark takes a round with a setup for one call
+    found = benchmark.stats.stats
+    found.data[:] = [each / calls[""] for each in found.data]
     return stats

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from limits import ROUNDS
 from targets import PARTS, Table
 
@@ -30,9 +31,13 @@ def summary(pytestconfig: pytest.Config) -> Summary:
 
 
 @pytest.fixture
-def asked(pytestconfig: pytest.Config) -> None:
+def asked(pytestconfig: pytest.Config, device: torch.device, benchmark: Any) -> None:
     if not pytestconfig.getoption("--peers"):
         pytest.skip("--peers has the targets too")
+    if device.type != "cpu":
+        pytest.skip("the targets are a CPU's")
+    if benchmark.disabled:
+        pytest.skip("--benchmark-disable: targets are nothing but timings")
 
 
 @pytest.mark.parametrize("part", PARTS)

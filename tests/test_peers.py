@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-FILES = ("peers", "libraries", "limits", "targets", "acceptance", "hgru", "paths", "startup", "where")
+FILES = (
+    *("peers", "libraries", "sizes", "timing", "machine", "limits"),
+    *("targets", "acceptance", "hgru", "paths", "startup", "where"),
+)
 SIZES = {"B": 2, "T": 64, "D": 6, "H": 2, "G": 2, "K": 4, "V": 4, "N": 2}
 CASES = (
     *("scan", "selective_scan", "gla per head", "gla per key"),
@@ -38,7 +41,8 @@ def sampled(peers: Any, case: str) -> dict[str, torch.Tensor]:
 def test_they_give_what_ours_gives(peers: Any, case: str) -> None:
     given = sampled(peers, case)
     # transformers takes long to import, and torch's scan to generate
-    listed = [peer for peer in peers.PEERS if peer.case == case and peer.package not in ("transformers", "torch")]
+    theirs = peers.peers_of(case, torch.device("cpu"))
+    listed = [peer for peer in theirs if peer.package not in ("transformers", "torch")]
     assert listed
     for peer in listed:
         found = peers.prepared(peer, given, "forward+backward")
