@@ -10,7 +10,7 @@ From then on, `backend="auto"` goes by what was measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,9 @@ import torch
 
 import autotune
 from autotune.check import Failure
+from autotune.record import candidate as recorded_as
 from autotune.search import Candidate, search, trusted
+from kernels import ahead
 from kernels.catalogue import OPS
 from kernels.comparison import Comparison
 from kernels.op import Backend, Config, Op
@@ -34,6 +36,8 @@ Steps = Callable[[int, int, str], None]
 LOOP_SHARE = 0.3
 # What getting a candidate ready (generating code) may cost.
 STARTUP_SHARE = 0.5
+# What compiling kernels for a GPU side by side may take of all problems' seconds, before anything is measured.
+AHEAD_SHARE = 0.5
 # What torch.compile takes to generate and build code for a CPU.
 INDUCTOR_SECONDS = 40.0
 
@@ -132,6 +136,10 @@ def tune_problems(
     Problems that share a key (see `Op.key`: lengths are rounded up to powers of two) are tuned once, at the longest.
     Each problem's records are saved as they are made: interrupted and called again, it continues. isolate, memory: see
     `tune`.
+
+    On a GPU the candidates' Triton kernels are compiled first, in as many processes as there are cores (see
+    `kernels.ahead`): in up to half of the seconds, of which they are a part. What is not ready by then, and everything
+    where that would be less than 10 seconds, is compiled when it is checked.
     """
     deadline = time.perf_counter() + seconds
     todo: dict[autotune.Key, Problem] = {}
@@ -141,6 +149,7 @@ def tune_problems(
     # what is measured again is measured once
     passes = (False,) if retime else (True, False)
     steps = len(passes) * len(todo)
+    _compile_ahead(list(made), AHEAD_SHARE * seconds, store, progress, retime)
     with Trials(isolate, memory) as trials:
         for number, (defaults, problem) in enumerate((d, p) for d in passes for p in made):
             left = max(deadline + trials.starting - time.perf_counter(), 0.0) / (steps - number)
@@ -149,6 +158,38 @@ def tune_problems(
     if progress:
         progress(len(made), len(made), "done")
     return made
+
+
+def _compile_ahead(
+    problems: Sequence[Problem], seconds: float, store: autotune.Store | None, progress: Progress | None, retime: bool
+) -> None:
+    """Compiles what the problems' candidates launch that are to be measured."""
+    on_gpu = [problem for problem in problems if problem.device.type == "cuda"]
+    if not on_gpu or seconds < ahead.LEAST:
+        return
+    device = OPS[on_gpu[0].op].key(on_gpu[0]).device
+    rows = [] if retime else (store or autotune.user_store(device)).read()
+    work = []
+    for problem in on_gpu:
+        op = OPS[problem.op]
+        key = op.key(problem)
+        known = {row.candidate for row in rows if row.key == key and row.source == op.source}
+        # only ours: others' kernels are launched in ways of their own
+        todo = [(b, config) for b, config in op.candidates(problem) if hasattr(b.loaded, "compile_for")]
+        todo = [(b, config) for b, config in todo if recorded_as(b.name, config) not in known]
+        first = {b.name: b.configs(problem)[0] for b, _ in todo}
+        todo.sort(key=lambda each: each[1] != first[each[0].name])
+        if todo:
+            configs = tuple((b.name, config) for b, config in todo)
+            work.append(ahead.Candidates(problem, ahead.target_of(problem.device), configs))
+
+    def told(done: int, count: int) -> None:
+        if progress is not None:
+            progress(0.0, len(problems), f"compiling kernels: {done} of {count}")
+
+    # one candidate is as soon compiled here
+    if sum(len(each.configs) for each in work) > 1:
+        ahead.compile_ahead(work, seconds=seconds, progress=told)
 
 
 def startup(backend: Backend, problem: Problem, config: Config) -> float:
