@@ -99,11 +99,12 @@ class Attention(SequenceMixer):
         return {"keys": empty, "values": empty.clone(), "length": torch.zeros(batch, dtype=torch.int64, device=device)}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, *rows = self.project(x)
+        q, k, *others = self.project(x)
         if self.rotary:
             length = x.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
             positions = _positions(x, length, cu_seqlens)
-            q, rows[0] = rotate(q, positions, self.rotary_base), rotate(rows[0], positions, self.rotary_base)
+            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
+        rows = [k, *others]
         if state is None:
             y = self.attend(q, rows, causal=False, cu_seqlens=cu_seqlens)
         elif cu_seqlens is None:
