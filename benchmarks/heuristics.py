@@ -6,6 +6,9 @@ are checked too, and all that are right are timed again in one interleaved run; 
 fastest of that run. Not timed again are candidates that were never found right, for want of time or because they
 failed, and those of which three calls would not fit in the time: the lines and the end say how many. "Fastest" is of
 the others.
+
+On a GPU (`--device cuda`) the rule is the configs that were predicted for one like it, where there are any, and no
+candidate is tried in another process first: starting one takes longer than timing all of them.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from sizes import sizes_of
+from sizes import accelerated, sizes_of
 
 import autotune
+from autotune.device import synchronizer
 from autotune.measure import TRIES, Interleaved
 from autotune.record import Candidate, candidate
 from autotune.search import GIVE_UP
@@ -35,6 +39,8 @@ from kernels.problem import Problem
 from kernels.tuning import tune
 
 LENGTHS, DTYPES = (1, 512, 4096), ("float32", "bfloat16")
+# There, lengths that predictions were made for, and one sequence where all of them would take longest to draw
+ACCELERATED_LENGTHS, ACCELERATED_DTYPES, LONGEST_BATCH = (512, 4096, 32768), ("bfloat16", "float32"), 4096
 ROUNDS = 9
 # The shares of a problem's time that the tuner, the check of what it left and the timing afterwards get; the rest is
 # for drawing tensors
@@ -70,17 +76,24 @@ class Cost:
         return f"{what:45} {chosen} of {1e3 * self.best:.3g} ms ({best}){left}"
 
 
-def grid(ops: Sequence[str], lengths: Sequence[int], dtypes: Sequence[str]) -> list[tuple[Op, Problem]]:
+def grid(
+    ops: Sequence[str], lengths: Sequence[int], dtypes: Sequence[str], device: torch.device
+) -> list[tuple[Op, Problem]]:
     """The ops take turns, so that a run that ends early has seen all of them."""
     found = []
     for length, dtype, direction, name in itertools.product(lengths, dtypes, ("forward", "backward"), ops):
-        op, facts = OPS[name], {"dtype": getattr(torch, dtype), "device": torch.device("cpu")}
-        found.append((op, pose(op, direction, sizes_of(op, length), **facts)))
+        op, sizes = OPS[name], sizes_of(OPS[name], length, device)
+        if accelerated(device) and length > LONGEST_BATCH:
+            sizes |= {"B": 1, "N": 1}
+        found.append((op, pose(op, direction, sizes, dtype=getattr(torch, dtype), device=device)))
     return found
 
 
 def by_rule(op: Op, problem: Problem) -> Plan:
-    """What runs where nothing was measured."""
+    """What runs where nothing was measured: what was predicted, else what the op's order says."""
+    plan = op.choose(problem)
+    if plan.origin in ("predicted", "rule"):
+        return plan
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -92,12 +105,13 @@ def by_rule(op: Op, problem: Problem) -> Plan:
 def cost(op: Op, problem: Problem, seconds: float, store: autotune.Store) -> Cost | None:
     """None where the time was too short for the tuner to learn anything."""
     rule = by_rule(op, problem)
-    tune(op, problem, seconds=TUNING * seconds, store=store)
+    apart = False if accelerated(problem.device) else None
+    tune(op, problem, seconds=TUNING * seconds, store=store, isolate=apart)
     if not _timed(op, problem):
         return None
     tuned = op.choose(problem)
     # continues with what it had no time for
-    tune(op, problem, seconds=CHECKING * seconds, store=store)
+    tune(op, problem, seconds=CHECKING * seconds, store=store, isolate=apart)
     known, offered = _timed(op, problem), op.candidates(problem)
     named = {candidate(plan.backend.name, plan.config): (plan.backend, plan.config) for plan in (rule, tuned)}
     for backend, config in offered:
@@ -106,7 +120,8 @@ def cost(op: Op, problem: Problem, seconds: float, store: autotune.Store) -> Cos
             named.setdefault(name, (backend, config))
     inputs = draw(op, problem, by="auto")
     with torch.no_grad():
-        run = Interleaved([inputs.call(backend, config) for backend, config in named.values()], give_up=GIVE_UP)
+        calls = [inputs.call(backend, config) for backend, config in named.values()]
+        run = Interleaved(calls, give_up=GIVE_UP, synchronize=synchronizer(problem.device))
         run.warm_up()
         run.rounds(ROUNDS, AGAIN * seconds)
     times = {name: timing.median for name, timing in zip(named, run.timings) if timing.rounds}
@@ -178,11 +193,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.5)
     parser.add_argument("--op", action="append", choices=list(OPS), help="repeat it; by default all")
-    parser.add_argument("--length", action="append", type=int, help=f"repeat it; by default {LENGTHS}")
+    parser.add_argument(
+        "--length", action="append", type=int, help=f"repeat it; by default {LENGTHS}, on a GPU {ACCELERATED_LENGTHS}"
+    )
     parser.add_argument("--dtype", action="append", help=f"repeat it; by default {DTYPES}")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     given = parser.parse_args()
-    problems = grid(given.op or list(OPS), given.length or LENGTHS, given.dtype or DTYPES)
-    print(f"{autotune.fingerprint(torch.device('cpu'))}, torch {torch.__version__}, {len(problems)} problems")
+    lengths, dtypes = (ACCELERATED_LENGTHS, ACCELERATED_DTYPES) if accelerated(given.device) else (LENGTHS, DTYPES)
+    problems = grid(given.op or list(OPS), given.length or lengths, given.dtype or dtypes, given.device)
+    print(f"{autotune.fingerprint(given.device)}, torch {torch.__version__}, {len(problems)} problems")
     warm_up(problems)
     found = []
     for each in costs(problems, 60 * given.minutes):
