@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,21 @@ def test_warmup_starts_with_the_most_expensive_and_says_how_far_it_is() -> None:
     )
     assert said[0][2].startswith("hgru backward")
     assert said[-1] == (4, 4, "done")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_warmup_draws_a_bar_on_a_terminal_only(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    autotune.warmup(mixers.build("mingru", 4), torch.randn(1, 3, 4), seconds=0.5)
+    drawn = stderr.getvalue().split("\r\x1b[K")
+    if not terminal:
+        assert drawn == [""]
+        return
+    assert drawn[1].startswith(f"[{' ' * 24}] 0/2 hgru backward: ")
+    # full at last, and wiped away
+    assert drawn[-2:] == [f"[{'=' * 24}] 2/2 done", ""]
 
 
 def test_problems_that_take_too_much_memory_are_left_out(store: autotune.Store) -> None:
