@@ -145,15 +145,15 @@ class _Crew:
                 self._busy += 1
                 try:
                     process = process or self._start()
-                except OSError as error:
-                    self._done(urgency, task, f"no process: {error}")
+                except Exception as error:
+                    self._done(urgency, task, f"no process: {type(error).__name__}: {error}")
                     continue
             try:
                 pickle.dump(task, process.stdin)  # type: ignore[arg-type]
                 process.stdin.flush()  # type: ignore[union-attr]
                 reply = pickle.load(process.stdout)  # type: ignore[arg-type]
-            except (EOFError, OSError, pickle.PickleError) as error:
-                # the next task gets another process
+            except Exception as error:
+                # mostly EOFError; the next task gets another process
                 self._stop(process)
                 process, reply = None, f"its process died ({type(error).__name__})"
             with self._changed:
