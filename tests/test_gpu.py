@@ -30,7 +30,7 @@ from kernels.scan import scan
 from kernels.short_conv import short_conv
 from kernels.tuning import STARTUP_SHARE, startup, tune
 from mixers import checks
-from mixers.commands.doctor import _cases
+from mixers.commands.doctor import cases
 from mixers.commands.probe import sizes_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device")
@@ -88,7 +88,7 @@ def test_agrees_with_the_loop_on_every_kind_of_problem(
     if backend.name == "compiled" and dtype not in NARROW_AND_WIDE:
         pytest.skip("generating code costs tens of seconds for each kind; two dtypes show whether it is right")
     failures, reasons, ran = [], set(), 0
-    for _, case in _cases(op, DEVICE):
+    for _, case in cases(op, DEVICE):
         if (case.direction, sequence_dtype(op, case)) != (direction, dtype):
             continue
         cannot = backend.cannot(case)

@@ -77,7 +77,7 @@ class Examined:
 def examine(op: Op, backend: Backend, device: torch.device, *, every_config: bool = False) -> Examined:
     """Runs the backend on a small problem of every kind, dtype and direction, and compares with the loop in float64."""
     found, start = Examined(op, backend), time.perf_counter()
-    for kind, case in _cases(op, device):
+    for kind, case in cases(op, device):
         reasons = backend.cannot(case)
         for reason in reasons:
             found.partly[reason] = found.partly.get(reason, 0) + 1
@@ -102,7 +102,7 @@ def examine(op: Op, backend: Backend, device: torch.device, *, every_config: boo
     return found
 
 
-def _cases(op: Op, device: torch.device) -> Iterator[tuple[str, Problem]]:
+def cases(op: Op, device: torch.device) -> Iterator[tuple[str, Problem]]:
     for dtype in SEQUENCE_DTYPES:
         # no float64 on Apple's GPUs
         if device.type == "mps" and dtype == torch.float64:
