@@ -375,12 +375,10 @@ def main() -> int:
     if given.processes > 1:
         compile_apart(given.processes)
     report = Report(given.device, given.out, time.monotonic() + 60 * given.minutes, given.compiles)
-    if given.compiles is not None:
-        kernels(report, given, 1.0)
-        beside_attention(report, given)
-        return 0
-    print(f"{autotune.fingerprint(given.device)}, torch {torch.__version__}")
-    copy = copied(report, given.copied)
+    copy = 1.0
+    if given.compiles is None:
+        print(f"{autotune.fingerprint(given.device)}, torch {torch.__version__}")
+        copy = copied(report, given.copied)
     if given.part != "attention":
         kernels(report, given, copy)
     if given.part != "kernels":
