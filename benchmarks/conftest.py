@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,17 @@ OVER = "minutes are over"
 DIRECTIONS = ("forward", "decode", "forward+backward")
 
 
+def listed(numbers: Sequence[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sequence-mixers")
     group.addoption("--full", action="store_true", help="every length and dtype, calls of any duration, no time limit")
     group.addoption("--minutes", type=float, default=15.0, help="rows that have not begun by then are left out")
     group.addoption("--resume", action="store_true", help="without the rows that are saved, made with these sources")
     group.addoption("--dim", type=int, action="append", help=f"the layers' width; repeat it; by default {WIDTHS}")
+    group.addoption("--length", type=int, action="append", help="tokens; repeat it; by default " + listed(LENGTHS))
     group.addoption("--peers", action="store_true", help="other libraries beside ours, where they are installed")
     group.addoption("--device", default=None, help="cpu, cuda, ...; by default the accelerator, if there is one")
 
@@ -58,7 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.getoption("--full")
     if "length" in metafunc.fixturenames:
-        metafunc.parametrize("length", FULL_LENGTHS if full else LENGTHS, ids=lambda n: f"T{n}")
+        lengths = metafunc.config.getoption("--length") or (FULL_LENGTHS if full else LENGTHS)
+        metafunc.parametrize("length", lengths, ids=lambda n: f"T{n}")
     if "dtype_name" in metafunc.fixturenames:
         metafunc.parametrize("dtype_name", FULL_DTYPES if full else DTYPES)
     if "dim" in metafunc.fixturenames:
