@@ -22,6 +22,9 @@ BLOCKS = {
     16: {gla_states: (32, 64), gla_outputs: (16, 64), gla_gradients: (32, 32)},
     32: {gla_states: (32, 64), gla_outputs: (16, 64), gla_gradients: (16, 32)},
 }
+# The same of gradients that are `wide`: with twice the warps, which on NVIDIA GPUs share these keys, v and dy are read by
+# fewer programs
+WIDE = (64, 32)
 # A thread's: without a bound NVIDIA's assembler spills some so that more threads are resident
 REGISTERS = 255
 
@@ -42,7 +45,7 @@ def cannot(problem: Problem) -> list[str]:
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first; none where only the loop over time can run.
 
-    chunk: rows of a chunk. num_warps: of a program.
+    chunk: rows of a chunk. num_warps: of a program; where gradients are `wide` theirs have twice as many.
     """
     if cannot(problem):
         return []
@@ -91,6 +94,9 @@ class Chunks:
             self.narrow = self.whole
         log_decay = self.rows["log_decay"]
         self.decays = 0 if log_decay is None else 1 if log_decay.shape[3] == 1 else 2
+        # the pairs that decays of all keys sum over leave no registers beside the parts of float32's dots
+        room = self.decays != 1 or self.narrow != self.whole
+        self.wide = nvidia and chunk == 32 and self.keys > WIDE[0] // 2 and room
 
     def run_forward(self) -> tuple[Tensor, Tensor]:
         """(y [B, T, H, V], final_state [N, H, K, V])"""
@@ -199,6 +205,8 @@ class Chunks:
     def blocks(self, kernel: Any) -> dict[str, int]:
         """Keys and values that a program has at a time, at least the 16 that tl.dot takes."""
         widths, most = (self.keys, self.values), BLOCKS[self.config["chunk"]][kernel]
+        if kernel is gla_gradients and self.wide:
+            most = WIDE
         BK, BV = (min(max(triton.next_power_of_2(width), 16), limit) for width, limit in zip(widths, most))
         return {"BK": BK, "BV": BV}
 
@@ -222,7 +230,7 @@ class Chunks:
             kernel,
             programs,
             given | arguments,
-            self.config["num_warps"],
+            self.config["num_warps"] * (2 if kernel is gla_gradients and self.wide else 1),
             num_stages=1,
             registers=REGISTERS,
             steps=steps,
