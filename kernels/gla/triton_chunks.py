@@ -22,8 +22,8 @@ BLOCKS = {
     16: {gla_states: (32, 64), gla_outputs: (16, 64), gla_gradients: (32, 32)},
     32: {gla_states: (32, 64), gla_outputs: (16, 64), gla_gradients: (16, 32)},
 }
-# The same of gradients that are `wide`: with twice the warps, which on NVIDIA GPUs share these keys, v and dy are read by
-# fewer programs
+# The same of gradients that are `wide`: with twice the warps, which on NVIDIA GPUs share these keys, fewer programs
+# read v and dy
 WIDE = (64, 32)
 # A thread's: without a bound NVIDIA's assembler spills some so that more threads are resident
 REGISTERS = 255
