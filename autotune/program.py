@@ -160,7 +160,7 @@ def _leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
 
 def _engine(what: str) -> Engine:
     if not _engines:
-        raise RuntimeError(f"autotune.{what}: no ops are registered; import mixers or kernels.tuning first")
+        raise RuntimeError(f"autotune.{what}: no ops are registered; import kernels.tuning first")
     return _engines[-1]
 
 

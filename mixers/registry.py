@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, overload
 
@@ -18,6 +19,8 @@ from mixers.mixer import SequenceMixer
 
 Mixer = TypeVar("Mixer", bound=type[SequenceMixer])
 
+# the modules of this package's mixers by name, each imported when it is first asked for
+ours: dict[str, str] = {}
 _registered: dict[str, type[SequenceMixer]] = {}
 
 
@@ -34,7 +37,7 @@ def register(cls: Any = None, *, name: str | None = None) -> Any:
 
 def names() -> list[str]:
     """Every mixer that `build` knows, plug-ins included."""
-    return sorted({*_registered, *(point.name for point in entry_points(group="mixers"))})
+    return sorted({*ours, *_registered, *(point.name for point in entry_points(group="mixers"))})
 
 
 def get(name: str) -> type[SequenceMixer]:
@@ -43,6 +46,7 @@ def get(name: str) -> type[SequenceMixer]:
     Raises:
         ValueError: there is none; the message has the nearest names.
     """
+    _import_ours(name)
     if name not in _registered:
         for point in entry_points(group="mixers"):
             if point.name == name:
@@ -89,9 +93,16 @@ def _file(cls: type) -> str:
     return cls.__module__.rpartition(".")[2]
 
 
+def _import_ours(name: str) -> None:
+    if name not in _registered and name in ours:
+        import_module(ours[name])
+
+
 def _add(cls: Any, name: str) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, SequenceMixer)):
         raise TypeError(f"mixer {name!r}: {cls!r} is not a subclass of SequenceMixer")
+    if cls.__module__ != ours.get(name):
+        _import_ours(name)
     known = _registered.get(name)
     if known is not None and known is not cls:
         raise ValueError(f"mixer {name!r} is already registered by {known.__module__}.{known.__qualname__}")

@@ -101,11 +101,23 @@ print(tuple(y.shape), mixer.f_proj.weight.grad.isfinite().all().item())
 
 
 def test_importing_mixers_loads_no_heavy_module() -> None:
-    done = _python("import torch, sys; before = set(sys.modules); import mixers; print(*(set(sys.modules) - before))")
+    code = """
+import sys, torch
+before = set(sys.modules)
+import mixers
+print(*(set(sys.modules) - before))
+for name in mixers.__all__:
+    getattr(mixers, name)
+print(*(set(sys.modules) - before))
+"""
+    done = _python(code)
     assert done.returncode == 0, done.stderr
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
-    assert loaded.isdisjoint({"triton", "pandas", "matplotlib", "rich", "typer", "hypothesis", "sympy", "transformers"})
-    assert "mixers" in loaded
+    first, everything = ({name.split(".")[0] for name in line.split()} for line in done.stdout.splitlines())
+    assert "mixers" in first
+    assert first.isdisjoint({"kernels", "autotune"}), "a mixer's file is imported when it is asked for"
+    heavy = {"triton", "pandas", "matplotlib", "rich", "typer", "hypothesis", "sympy", "transformers"}
+    assert everything.isdisjoint(heavy)
+    assert everything >= {"kernels", "autotune"}
 
 
 def test_packages_are_typed() -> None:
