@@ -147,17 +147,19 @@ def test_qrnn_is_the_papers_equation(window: int, pooling: str) -> None:
     require_same(layer, x, torch.stack(rows, 1))
 
 
+# step by step, and in chunks with some rows left
+@pytest.mark.parametrize("length", [12, 75])
 @pytest.mark.parametrize("init", ["lin", "inv"])
-def test_s4d_is_the_convolution_with_its_kernel(init: str) -> None:
+def test_s4d_is_the_convolution_with_its_kernel(init: str, length: int) -> None:
     """The kernel K[t] = 2 Re(Σ C B̄ Ā^t) in complex numbers, and torch's convolution."""
     torch.manual_seed(0)
     layer = mixers.build("s4d", 3, states=8, init=init, dt_min=0.01, dt_max=0.5).double()
-    x = torch.randn(2, 12, 3, dtype=torch.float64)
+    x = torch.randn(2, length, 3, dtype=torch.float64)
     A, C = torch.complex(-layer.A_log.exp(), layer.A_imag), torch.view_as_complex(layer.C.detach())
     steps = torch.exp(layer.log_dt[:, None] + torch.zeros_like(A.real)) * A
-    times = torch.arange(12, dtype=torch.float64)
+    times = torch.arange(length, dtype=torch.float64)
     kernel = 2 * torch.einsum("dn,dnt->dt", C * (steps.exp() - 1) / A, (steps[..., None] * times).exp()).real
-    padded = nn.functional.pad(x.transpose(1, 2), (11, 0))
+    padded = nn.functional.pad(x.transpose(1, 2), (length - 1, 0))
     filtered = nn.functional.conv1d(padded, kernel.flip(-1)[:, None], groups=3).transpose(1, 2)
     value, gate = layer.out_proj(nn.functional.gelu(filtered + layer.D * x)).chunk(2, -1)
     require_same(layer, x, value * torch.sigmoid(gate))
