@@ -28,7 +28,7 @@ def with_axis(op: str, log_decay: Tensor | None, q: Tensor) -> Tensor | None:
         ValueError: a decay for each key, but not as many as q has.
     """
     if log_decay is not None and log_decay.ndim == 3:
-        return log_decay[..., None]
+        return log_decay.unsqueeze(-1)
     if log_decay is not None and log_decay.ndim == 4 and q.ndim == 4 and log_decay.shape[3] != q.shape[3]:
         raise ValueError(f"{op}: axis K is {q.shape[3]} in q but {log_decay.shape[3]} in log_decay")
     return log_decay

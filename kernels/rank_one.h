@@ -165,23 +165,29 @@ void run_part(const Forward& f, const Chunks& chunks, const Part<S>& part, S* sc
     const Inputs<S, DELTA> in(p, part, keys, scratch);
     S *states = scratch, *y = states + part.tiles * size, *read = y + kRows * values, *u = read + width;
     const Heads out = columns_from(contiguous(f.y, p.rows, p.heads, p.values), part.column, p.format);
-    part.read_state(p, p.initial_state, keys, states);
+    // a row alone takes its state from tensor to tensor, where whole vectors do not reach beyond it
+    const bool alone = p.rows == 1 && !p.cu_seqlens && p.initial_state && p.keys == keys && p.values % width == 0;
+    const int64_t stride = alone ? p.values : width, apart = alone ? width : size;
+    S* after = alone ? const_cast<S*>(part.state(p, f.final_state)) : states;
+    const S* before = alone ? part.state(p, p.initial_state) : states;
+    if (!alone) part.read_state(p, p.initial_state, keys, states);
     for (int64_t n = 0; n < chunks.count(part.sequence); ++n) {
         const Chunk c = chunks.chunk(part.sequence, part.head, n);
         in.read(c, S(p.scale));
         for (int64_t tile = 0; tile < part.tiles; ++tile) {
-            S* state = states + tile * size;
-            read_state<S, N>(keys, state, in.a, read);
+            const int64_t start = tile * apart;
+            read_state<S, N>(keys, before + start, stride, in.a, read);
             for (int64_t i = 0; i < c.rows; ++i) {
                 const int64_t at = i * values + tile * width;
                 in.template added<N>(i, tile, read, u);
                 const S* next_a = i + 1 < c.rows ? in.a + (i + 1) * keys : in.nothing;
-                step<S, N, DELTA, DECAY, true>(keys, state, state, in.row(i), next_a, u, in.v + at, y + at, read);
+                step<S, N, DELTA, DECAY, true>(keys, before + start, after + start, stride, in.row(i), next_a, u,
+                                               in.v + at, y + at, read);
             }
         }
         write_rows<S>(out, p.format, c, part.columns, y, values);
     }
-    part.write_state(p, states, keys, f.final_state);
+    if (!alone) part.write_state(p, states, keys, f.final_state);
 }
 
 template <class S>

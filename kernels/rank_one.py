@@ -25,7 +25,7 @@ CHUNK = 16
 # so many parts are wanted, for threads to share
 PARTS = 8
 # fewer products than this are done before a second thread has woken up
-SERIAL_SIZE = 1 << 17
+SERIAL_SIZE = 1 << 18
 
 
 def cannot(source: Path, problem: Problem) -> list[str]:
@@ -57,7 +57,10 @@ class Native:
         """y [B, T, H, V] in v's dtype, and the final states [N, H, K, V]."""
         given = _Given(rows, initial, cu_seqlens, scale, self.vector_bytes)
         y = pool.empty_like(given.v)
-        final = given.v.new_empty(given.states, dtype=given.wide)
+        if given.initial is None:
+            final = given.v.new_empty(given.states, dtype=given.wide)
+        else:
+            final = torch.empty_like(given.initial)
         self.run_forward(*given.fields, y.data_ptr(), final.data_ptr())
         return y, final
 

@@ -29,13 +29,14 @@ void run_part(const Backward& b, const Chunks& chunks, const Part<S>& part, S* s
 
     // A tile's states through a chunk: one behind the other, or each in the place of the one before.
     auto walk = [&](int64_t rows, int64_t tile, S* before, bool keep) INLINE_BODY {
-        read_state<S, N>(keys, before, in.a, read);
+        read_state<S, N>(keys, before, width, in.a, read);
         for (int64_t i = 0; i < rows; ++i) {
             S* after = keep ? before + size : before;
             in.template added<N>(i, tile, read + i * width, u + i * width);
             const bool more = i + 1 < rows;
-            step<S, N, DELTA, DECAY, false>(keys, before, after, in.row(i), more ? in.a + (i + 1) * keys : in.nothing,
-                                            u + i * width, in.v + i * values + tile * width, nullptr,
+            step<S, N, DELTA, DECAY, false>(keys, before, after, width, in.row(i),
+                                            more ? in.a + (i + 1) * keys : in.nothing, u + i * width,
+                                            in.v + i * values + tile * width, nullptr,
                                             more ? read + (i + 1) * width : dp);
             before = after;
         }

@@ -45,14 +45,14 @@ INLINE V row_sums(const V* rows) {
                          std::make_integer_sequence<int, lanes<V>>());
 }
 
-// p = Sᵀ a, where no row came before that could have made it on its way.
+// p = Sᵀ a, where no row came before that could have made it on its way. The state's keys lie `stride` apart.
 template <class S, int N>
-OUTLINE void read_state(int64_t keys, const S* state, const S* a, S* p) {
+OUTLINE void read_state(int64_t keys, const S* state, int64_t stride, const S* a, S* p) {
     constexpr int W = kLanes<S>;
     Wide<S, N> total;
     for (int64_t k = 0; k < keys; ++k) {
         UNROLL
-        for (int n = 0; n < N; ++n) total[n] += load<W>(state + (k * N + n) * W) * a[k];
+        for (int n = 0; n < N; ++n) total[n] += load<W>(state + k * stride + n * W) * a[k];
     }
     total.write(p);
 }
@@ -64,9 +64,10 @@ struct Row {
 };
 
 // From the state before a row to the one after it, which may lie in its place; y (unless null) and the next row's p.
+// The keys of both states lie `stride` apart.
 template <class S, int N, bool DELTA, bool DECAY, bool OUT>
-OUTLINE void step(int64_t keys, const S* before, S* after, const Row<S>& row, const S* next_a, const S* u, const S* v,
-                  S* y, S* next_p) {
+OUTLINE void step(int64_t keys, const S* before, S* after, int64_t stride, const Row<S>& row, const S* next_a,
+                  const S* u, const S* v, S* y, S* next_p) {
     // sums that wait for one another are as many as an addition takes cycles
     constexpr int W = kLanes<S>, U = 4 / N;
     const Wide<S, N> us(u), vs(DELTA ? u : v);
@@ -80,11 +81,11 @@ OUTLINE void step(int64_t keys, const S* before, S* after, const Row<S>& row, co
             const auto of_q = all(OUT ? q[k + i] : S(0)), of_a = all(next_a[k + i]);
             UNROLL
             for (int n = 0; n < N; ++n) {
-                auto state = load<W>(before + ((k + i) * N + n) * W);
+                auto state = load<W>(before + (k + i) * stride + n * W);
                 if constexpr (DECAY) state *= d;
                 state += us[n] * of_b;
                 if constexpr (!DELTA) state += vs[n] * of_v;
-                store(after + ((k + i) * N + n) * W, state);
+                store(after + (k + i) * stride + n * W, state);
                 if constexpr (OUT) ys[i][n] += state * of_q;
                 ps[i][n] += state * of_a;
             }

@@ -103,7 +103,7 @@ class Attention(SequenceMixer):
         if self.rotary:
             length = x.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
             positions = _positions(x, length, cu_seqlens)
-            q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
+            q, k = rotate(q, k, positions, self.rotary_base)
         rows = [k, *others]
         if state is None:
             y = self.attend(q, rows, causal=False, cu_seqlens=cu_seqlens)

@@ -13,6 +13,7 @@ from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
+from mixers.parts import cast
 from mixers.registry import register
 
 
@@ -84,7 +85,7 @@ class DeltaNet(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, after = self.qkv(x, state, cu_seqlens)
-        beta = self.largest_beta * torch.sigmoid(self.beta_proj(x).to(state_dtype(q.dtype)))
+        beta = self.largest_beta * torch.sigmoid(cast(self.beta_proj(x), state_dtype(q.dtype)))
         y, S = delta_rule(q, k, v, beta, None, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         y = self.norm(y, None if self.g_proj is None else self.g_proj(x))
         return self.o_proj(y), {"S": S, **after}
@@ -137,7 +138,7 @@ class ConvolvedQKV(nn.Module):
         if self.conv_weight is None:
             qkv = F.silu(qkv)
         else:
-            before = state["conv"].to(qkv.dtype)
+            before = cast(state["conv"], qkv.dtype)
             qkv, after["conv"] = short_conv(
                 qkv, self.conv_weight, self.conv_bias, before, activation="silu", cu_seqlens=cu_seqlens
             )
@@ -153,5 +154,5 @@ class ConvolvedQKV(nn.Module):
 
 def unit(x: Tensor) -> Tensor:
     """x / √(|x|² + 10^-6) over the last axis, computed in the state dtype, in x's dtype."""
-    wide = x.to(state_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    wide = cast(x, state_dtype(x.dtype))
+    return cast(wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6), x.dtype)

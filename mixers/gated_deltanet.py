@@ -14,6 +14,7 @@ from kernels.problem import state_dtype
 from mixers.deltanet import ConvolvedQKV
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
+from mixers.parts import cast
 from mixers.registry import register
 
 
@@ -107,7 +108,7 @@ class GatedDeltaNet(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, after = self.qkv(x, state, cu_seqlens)
         wide = state_dtype(q.dtype)
-        beta = self.largest_beta * torch.sigmoid(self.beta_proj(x).to(wide))
+        beta = self.largest_beta * torch.sigmoid(cast(self.beta_proj(x), wide))
         log_decay = log_decays(self.decay_proj(x), self.A_log, self.dt_bias)
         y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         y = self.norm(y, None if self.g_proj is None else self.g_proj(x))
@@ -125,4 +126,4 @@ def decay_parameters(heads: int, channels: int, *, smallest: float) -> tuple[nn.
 def log_decays(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
     """−exp(A_log) softplus(x + bias) in the state dtype; A_log and bias have the last axes of x."""
     wide = state_dtype(x.dtype)
-    return -A_log.to(wide).exp() * F.softplus(x.to(wide) + bias.to(wide))
+    return -cast(A_log, wide).exp() * F.softplus(cast(x, wide) + cast(bias, wide))

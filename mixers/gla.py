@@ -12,6 +12,7 @@ from kernels.gla import gla
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
+from mixers.parts import cast
 from mixers.registry import register
 
 
@@ -84,7 +85,7 @@ class GLA(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, decay = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj))
-        log_decay = F.logsigmoid(decay.to(state_dtype(decay.dtype))) / self.temperature
+        log_decay = F.logsigmoid(cast(decay, state_dtype(decay.dtype))) / self.temperature
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         y = self.norm(y, None if self.g_proj is None else self.g_proj(x))
         return self.o_proj(y), {"S": S}

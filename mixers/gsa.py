@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.transposed import gla_transposed
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
+from mixers.parts import cast
 from mixers.registry import register
 
 
@@ -79,10 +81,10 @@ class GSA(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(F.silu(p(x)), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         f = split(self.f_proj(x), self.heads)
-        log_decay = F.logsigmoid(f.to(state_dtype(f.dtype))) / self.temperature
-        written = (-torch.expm1(log_decay)).to(v.dtype)
+        log_decay = F.logsigmoid(cast(f, state_dtype(f.dtype))) / self.temperature
+        written = cast(-torch.expm1(log_decay), v.dtype)
         seen, K = self._keys(q, k, written, log_decay, state["K"], cu_seqlens)
-        shares = seen.to(log_decay.dtype).softmax(-1).to(v.dtype)
+        shares = cast(cast(seen, log_decay.dtype).softmax(-1), v.dtype)
         y, V = gla(shares, written, v, log_decay, state["V"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
         o = y.flatten(-2)
         return self.o_proj(self.norm(o, o)), {"K": K, "V": V}
@@ -94,11 +96,6 @@ class GSA(SequenceMixer):
         if cu_seqlens is None and q.shape[1] == 1:
             # a token alone: nothing is repeated
             K = log_decay[:, 0].exp().unsqueeze(-1) * K
-            K = K + written[:, 0].to(K.dtype).unsqueeze(-1) * k.transpose(1, 2)
-            return (K * q.transpose(1, 2)).sum(-1).to(q.dtype).unsqueeze(1), K
-        q, k = (t[:, :, :, None].expand(-1, -1, -1, self.slots, -1).flatten(2, 3) for t in (q, k))
-        y, after = gla(
-            q, k, written.flatten(2)[..., None], log_decay.flatten(2), K.flatten(1, 2)[..., None],
-            scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend,
-        )  # fmt: skip
-        return y.view_as(written), after.view_as(K)
+            K = K + cast(written[:, 0], K.dtype).unsqueeze(-1) * k.transpose(1, 2)
+            return cast((K * q.transpose(1, 2)).sum(-1), q.dtype).unsqueeze(1), K
+        return gla_transposed(q, written, k, log_decay, K, cu_seqlens=cu_seqlens, backend=self.backend)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kernels.gated_norm import gated_norm
 from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
-from mixers.parts import ACTIVATIONS, choice
+from mixers.parts import ACTIVATIONS, cast, choice
 
 
 def heads_for(who: str, heads: int | None, width: int, *dims: int) -> int:
@@ -65,13 +65,17 @@ class GatedNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x [B, T, H, V] or, a single head, [B, T, V]; gate [B, T, H · V] or None for 1: [B, T, H · V] in x's dtype."""
-        wide = state_dtype(x.dtype)
-        weight, bias = (p if p is None or p.dtype == x.dtype else p.to(wide) for p in (self.weight, self.bias))
+        weight, bias = _beside(x, self.weight), _beside(x, self.bias)
         y = gated_norm(
-            x, None if gate is None else gate.to(x.dtype), weight, bias, norm="layer" if self.center else "rms",
+            x, None if gate is None else cast(gate, x.dtype), weight, bias, norm="layer" if self.center else "rms",
             activation=self.activation, gate_first=self.gate_first, eps=self.eps,
         )  # fmt: skip
         return y if y.ndim == 3 else y.flatten(-2)
+
+
+def _beside(x: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """In the state dtype, unless it is in x's."""
+    return parameter if parameter is None or parameter.dtype == x.dtype else cast(parameter, state_dtype(x.dtype))
 
 
 def previous(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,8 +83,10 @@ def previous(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tenso
 
     Both in x's dtype; a packed sequence never sees another's token.
     """
+    if cu_seqlens is None and x.shape[1] == 1:
+        return cast(state, x.dtype), x.clone()
     if cu_seqlens is None:
         # a copy of the last: a view would keep all the other tokens in memory
-        return torch.cat([state.to(x.dtype), x], 1)[:, :-1], x[:, -1:].clone()
+        return torch.cat([cast(state, x.dtype), x], 1)[:, :-1], x[:, -1:].clone()
     taps = torch.arange(1, -1, -1, device=x.device, dtype=x.dtype).expand(x.shape[-1], 2).contiguous()
-    return short_conv(x, taps, None, state.to(x.dtype), cu_seqlens=cu_seqlens)
+    return short_conv(x, taps, None, cast(state, x.dtype), cu_seqlens=cu_seqlens)

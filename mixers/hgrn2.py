@@ -13,7 +13,7 @@ from kernels.gla import gla
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
-from mixers.parts import LowerBounded
+from mixers.parts import LowerBounded, cast
 from mixers.registry import register
 
 
@@ -71,15 +71,17 @@ class HGRN2(LowerBounded, SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, v = F.silu(self.q_proj(x)), self.i_proj(x)
         log_decay, k = self.gates(self.f_proj(x))
-        q, k, v, log_decay = (split(t, self.heads) for t in (q, k.to(v.dtype), v, log_decay))
+        q, k, v, log_decay = (split(t, self.heads) for t in (q, cast(k, v.dtype), v, log_decay))
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         return self.o_proj(self.norm(y.flatten(-2))), {"S": S}
 
     def gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """log f and 1 − f [B, T, dim], in float32 or wider."""
-        f = f.to(state_dtype(f.dtype))
-        bound = self.lower_bound()
-        bound = bound.to(f.dtype) if isinstance(bound, Tensor) else bound
+        f, bound = cast(f, state_dtype(f.dtype)), self.lower_bound()
+        if isinstance(bound, Tensor):
+            bound = cast(bound, f.dtype)
+        elif bound == 0:
+            return F.logsigmoid(f), torch.sigmoid(-f)
         decay, rest = bound + (1 - bound) * torch.sigmoid(f), (1 - bound) * torch.sigmoid(-f)
         # each branch is clamped where the other is taken, or its gradient would not be finite there
         far = torch.log(decay.clamp_min(torch.finfo(f.dtype).tiny))

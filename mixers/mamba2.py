@@ -14,6 +14,7 @@ from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
+from mixers.parts import cast
 from mixers.registry import register
 
 
@@ -95,18 +96,18 @@ class Mamba2(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         z, u, dt = self.in_proj(x).split([self.inner, self.conv.shape[0], self.heads], -1)
-        bias = None if self.conv_bias is None else self.conv_bias.to(u.dtype)
+        bias = None if self.conv_bias is None else cast(self.conv_bias, u.dtype)
         u, conv = short_conv(
-            u, self.conv.to(u.dtype), bias, state["conv"].to(u.dtype), activation="silu", cu_seqlens=cu_seqlens
+            u, cast(self.conv, u.dtype), bias, cast(state["conv"], u.dtype), activation="silu", cu_seqlens=cu_seqlens
         )
         keys = self.groups * self.state_dim
-        v, k, q = u.split([self.inner, keys, keys], -1)
-        k, q = (split(t, self.groups).repeat_interleave(self.heads // self.groups, 2) for t in (k, q))
+        v, kq = u.split([self.inner, 2 * keys], -1)
+        k, q = split(kq, 2 * self.groups).repeat_interleave(self.heads // self.groups, 2).split(self.heads, 2)
         wide, v = state_dtype(x.dtype), split(v, self.heads)
-        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        log_decay = -self.A_log.to(wide).exp() * dt
-        inputs = (dt[..., None] * v.to(wide)).to(v.dtype)
+        dt = F.softplus(cast(dt, wide) + cast(self.dt_bias, wide))
+        log_decay = -cast(self.A_log, wide).exp() * dt
+        inputs = cast(dt.unsqueeze(-1) * cast(v, wide), v.dtype)
         y, S = gla(q, k, inputs, log_decay, state["S"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
-        y = y + self.D.to(y.dtype)[:, None] * v
+        y = torch.addcmul(y, cast(self.D, y.dtype).unsqueeze(-1), v)
         y = self.norm(y.reshape(*x.shape[:2], self.groups, -1), z)
         return self.out_proj(y), {"S": S, "conv": conv}

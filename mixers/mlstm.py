@@ -16,6 +16,7 @@ from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer
+from mixers.parts import cast
 from mixers.registry import register
 
 
@@ -94,16 +95,16 @@ class MLSTM(SequenceMixer):
         q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         i, f = self._gates(x)
         m, log_decay, last = maxima(i, F.logsigmoid(f), state["m"], cu_seqlens)
-        k = ((i - m).exp().unsqueeze(-1) * k.to(m.dtype)).to(k.dtype)
+        k = cast((i - m).exp().unsqueeze(-1) * cast(k, m.dtype), k.dtype)
         # the sum of the keys, n, is what a value of 1 would come to
         y, S = gla(
             q, k, F.pad(v, (0, 1), value=1.0), log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend
         )
-        h, n = y.to(m.dtype).split([self.value_width, 1], -1)
+        h, n = cast(y, m.dtype).split([self.value_width, 1], -1)
         # e^{-m}, short of infinity, where h is 0 anyway
         floor = (-m.clamp_min(math.log(torch.finfo(m.dtype).tiny))).exp()
         h = h / (torch.maximum(n.abs(), floor.unsqueeze(-1)) + self.EPS)
-        return self.o_proj(self.norm(h.to(v.dtype), self.g_proj(x))), {"S": S, "m": last}
+        return self.o_proj(self.norm(cast(h, v.dtype), self.g_proj(x))), {"S": S, "m": last}
 
     def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits of i and f [B, T, H] in float32 or wider, under autocast too: they stand in an exponent."""
@@ -113,7 +114,7 @@ class MLSTM(SequenceMixer):
         # making the context takes as long as the product of one token
         exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
         with exact:
-            logits = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
+            logits = F.linear(cast(x, wide), cast(weight, wide), cast(bias, wide))
         if self.gate_cap is not None:
             logits = self.gate_cap * torch.tanh(logits / self.gate_cap)
         return logits.split(self.heads, -1)

@@ -18,6 +18,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype. Tensors that have it are not asked: for one token, calls cost more than numbers."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def choice(who: str, option: str, value: str, allowed: object) -> str:
     """`value`, if it is one of `allowed`; else a ValueError that lists them."""
     if value not in allowed:  # type: ignore[operator]
@@ -114,16 +119,20 @@ class LowerBounded(nn.Module):
         self._lower_bound = (bound,)
 
 
-def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary position embedding of x [B, T, H, K] at positions [B or 1, T], in float32 (Su et al., arXiv 2104.09864).
+def rotate(q: Tensor, k: Tensor, positions: Tensor, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of q, k [B, T, H, K] at positions [B or 1, T], in float32 (arXiv 2104.09864).
 
     Halves convention: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos) with x1 the first half of K and
-    angle = position · base^(-2j/K).
+    angle = position · base^(-2j/K). A last column that has no partner stays. q and k may differ in their heads.
     """
-    half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = base ** (torch.arange(0, -half, -1, device=x.device, dtype=dtype) / half)
+    half = q.shape[-1] // 2
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    frequency = base ** (torch.arange(0, -half, -1, device=q.device, dtype=wide) / half)
     angle = positions[:, :, None, None] * frequency
-    x1, x2, rest = x.to(dtype).split([half, half, x.shape[-1] - 2 * half], -1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], -1).to(x.dtype)
+
+    def turned(x: Tensor) -> Tensor:
+        x1, x2, *rest = cast(x, wide).split([half, half] + [1] * (x.shape[-1] % 2), -1)
+        return cast(torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, *rest], -1), x.dtype)
+
+    return turned(q), turned(k)

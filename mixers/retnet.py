@@ -82,7 +82,7 @@ class RetNet(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         positions, length = _positions(x, state["length"], cu_seqlens)
-        q, k = rotate(q, positions, self.rotary_base), rotate(k, positions, self.rotary_base)
+        q, k = rotate(q, k, positions, self.rotary_base)
         wide = state["S"].dtype
         log_decay = torch.log1p(-torch.exp2(torch.arange(-5, -5 - self.heads, -1, device=x.device, dtype=wide)))
         log_decay = log_decay.expand(*x.shape[:2], -1).contiguous()

@@ -11,6 +11,7 @@ from kernels.gla import gla
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
+from mixers.parts import cast
 from mixers.registry import register
 
 # The inputs that are mixed with the token before, each with shares of its own
@@ -93,22 +94,23 @@ class RWKV6(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         wide = state_dtype(x.dtype)
-        x = x.to(activation_dtype(x))
+        x = cast(x, activation_dtype(x))
         before, last = previous(x, state["last"], cu_seqlens)
         w, k, v, r, g = self.shifted(x, before - x)
-        decay = self.decay.to(wide) + (torch.tanh(w @ self.decay_down.to(x.dtype)) @ self.decay_up.to(x.dtype)).to(wide)
+        down, up = cast(self.decay_down, x.dtype), cast(self.decay_up, x.dtype)
+        decay = cast(self.decay, wide) + cast(torch.tanh(w @ down) @ up, wide)
         log_decay = split(-decay.clamp_max(self.MOST).exp(), self.heads)
         k, v, r = (split(t, self.heads) for t in (self.k_proj(k), self.v_proj(v), self.r_proj(r)))
         y, S = gla(
             r, k, v, log_decay, state["S"],
-            bonus=self.bonus.to(wide), scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend,
+            bonus=cast(self.bonus, wide), scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         return self.o_proj(self.norm(y, self.g_proj(g))), {"S": S, "last": last}
 
     def shifted(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """x plus shares of delta, one [B, T, dim] for each of INPUTS."""
-        down = torch.tanh(torch.addcmul(x, delta, self.mu.to(x.dtype)) @ self.mu_down.to(x.dtype))
+        down = torch.tanh(torch.addcmul(x, delta, cast(self.mu, x.dtype)) @ cast(self.mu_down, x.dtype))
         # [inputs, B · T, rank]
         down = split(down, len(INPUTS)).flatten(0, 1).transpose(0, 1)
-        shares = torch.baddbmm(self.mu_inputs.to(x.dtype)[:, None], down, self.mu_up.to(x.dtype))
+        shares = torch.baddbmm(cast(self.mu_inputs, x.dtype).unsqueeze(1), down, cast(self.mu_up, x.dtype))
         return torch.addcmul(x, delta, shares.view(-1, *x.shape)).unbind()

@@ -13,6 +13,7 @@ from kernels.dplr import dplr
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
+from mixers.parts import cast
 from mixers.registry import register
 
 # the exponent of the published mix with the token before, for each of the six inputs
@@ -122,21 +123,21 @@ class RWKV7(SequenceMixer):
         }
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        x = x.to(activation_dtype(x))
+        x = cast(x, activation_dtype(x))
         wide = state_dtype(x.dtype)
         before, last = previous(x, state["x"], cu_seqlens)
-        xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, self.mixes.to(x.dtype)[:, None, None]).unbind()
+        xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, cast(self.mixes, x.dtype)[:, None, None]).unbind()
         r, u, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
-        log_decay = -math.exp(-0.5) * torch.sigmoid(self.w_up(torch.tanh(self.w_down(xw))).to(wide))
-        rate = torch.sigmoid(self.a_up(self.a_down(xa)).to(wide))
+        log_decay = -math.exp(-0.5) * torch.sigmoid(cast(self.w_up(torch.tanh(self.w_down(xw))), wide))
+        rate = torch.sigmoid(cast(self.a_up(self.a_down(xa)), wide))
         gate = self.g_up(torch.sigmoid(self.g_down(xg)))
-        key = F.normalize(split(u.to(wide) * self.k_scale.to(wide), self.heads), dim=-1)
-        k = (u * (1 + (rate - 1) * self.k_rate.to(wide))).to(u.dtype)
+        key = F.normalize(split(cast(u, wide) * cast(self.k_scale, wide), self.heads), dim=-1)
+        k = cast(u * (1 + (rate - 1) * cast(self.k_rate, wide)), u.dtype)
         r, k, v, rate, log_decay = (split(rows, self.heads) for rows in (r, k, v, rate, log_decay))
-        a, b = -key.to(u.dtype), (rate * key).to(u.dtype)
+        a, b = cast(-key, u.dtype), cast(rate * key, u.dtype)
         y, S = dplr(r, k, v, a, b, log_decay, state["S"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
-        bonus = (r * k * self.bonus.to(wide)).sum(-1, keepdim=True) * v
-        y = (self.norm(y) + bonus.flatten(-2)).to(x.dtype) * gate
+        bonus = (r * k * cast(self.bonus, wide)).sum(-1, keepdim=True) * v
+        y = cast(self.norm(y) + bonus.flatten(-2), x.dtype) * gate
         return self.o_proj(y), {"S": S, "x": last}
 
 

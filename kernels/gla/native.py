@@ -45,10 +45,13 @@ def forward(
     config: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, V], final_state [N, H, K, V])"""
-    given = _Given(q, k, v, log_decay, initial_state, bonus, cu_seqlens, scale)
+    given = _readable(q, k, v, log_decay, initial_state, bonus, cu_seqlens)
     y = pool.empty_like(v)
-    final_state = q.new_empty((given.sequences, *q.shape[2:], v.shape[3]), dtype=state_dtype(q.dtype))
-    _function("gla_forward", "9qd20q")(*given.fields(), y.data_ptr(), final_state.data_ptr())
+    if initial_state is None:
+        final_state = q.new_empty((sequences(q, cu_seqlens), *q.shape[2:], v.shape[3]), dtype=state_dtype(q.dtype))
+    else:
+        final_state = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    _function("gla_forward", "9qd20q")(*_fields(*given, scale), y.data_ptr(), final_state.data_ptr())
     return y, final_state
 
 
@@ -68,7 +71,7 @@ def backward(
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dlog_decay, dinitial_state, dbonus), each like its input, or None where `needs` says so."""
-    given = _Given(q, k, v, log_decay, initial_state, bonus, cu_seqlens, scale)
+    given = _readable(q, k, v, log_decay, initial_state, bonus, cu_seqlens)
     dy, dfinal_state = columns_together(dy), contiguous(dfinal_state)
     inputs = (q, k, v, log_decay, initial_state, bonus)
     found = [pool.empty_like(t) if needed and t is not None else None for t, needed in zip(inputs, needs)]
@@ -76,13 +79,13 @@ def backward(
     (B, T, H, K), V = q.shape, v.shape[3]
     chunk = config["chunk"]
     # as many as there could be in packed sequences
-    chunks = B * -(-T // chunk) if cu_seqlens is None else T // chunk + given.sequences
+    chunks = B * -(-T // chunk) if cu_seqlens is None else T // chunk + sequences(q, cu_seqlens)
     wide = state_dtype(q.dtype)
     lanes = max(jit_cpp.load(SOURCE).vector_bytes() // wide.itemsize, 4)
     parts = None if dbonus is None else q.new_empty(chunks, H, K, dtype=wide)
     states = pool.empty(2, chunks, H, -(-V // lanes) * lanes, -(-K // lanes) * lanes, dtype=wide)
     _function("gla_backward", "9qd32q")(
-        *given.fields(),
+        *_fields(*given, scale),
         *heads(dy),
         address(dfinal_state),
         *map(address, found),
@@ -93,44 +96,54 @@ def backward(
     return tuple(found)
 
 
-class _Given:
-    """The inputs as native.cpp reads them; keeps the copies that it made alive."""
+def _readable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The inputs as native.cpp reads them, some of them copies."""
+    return (
+        columns_together(q),
+        columns_together(k),
+        columns_together(v),
+        columns_together(log_decay),
+        contiguous(initial_state),
+        contiguous(bonus),
+        bounds(cu_seqlens),
+    )
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        bonus: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-    ) -> None:
-        self.q, self.k, self.v = columns_together(q), columns_together(k), columns_together(v)
-        self.log_decay = columns_together(log_decay)
-        self.initial_state, self.bonus = contiguous(initial_state), contiguous(bonus)
-        self.cu_seqlens, self.sequences = bounds(cu_seqlens), sequences(q, cu_seqlens)
-        self.scale = scale
 
-    def fields(self) -> tuple[float, ...]:
-        """The fields of native.h's Problem."""
-        (B, T, H, K), V = self.q.shape, self.v.shape[3]
-        return (
-            address(self.cu_seqlens),
-            self.sequences,
-            T,
-            H,
-            K,
-            V,
-            1 if self.log_decay is None else self.log_decay.shape[3],
-            DTYPES[self.q.dtype],
-            torch.get_num_threads() if B * T * H * K * V >= SERIAL_SIZE else 1,
-            self.scale,
-            *heads(self.q),
-            *heads(self.k),
-            *heads(self.v),
-            *heads(self.log_decay),
-            address(self.initial_state),
-            address(self.bonus),
-        )
+def _fields(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[float, ...]:
+    """The fields of native.h's Problem."""
+    (B, T, H, K), V = q.shape, v.shape[3]
+    return (
+        address(cu_seqlens),
+        sequences(q, cu_seqlens),
+        T,
+        H,
+        K,
+        V,
+        1 if log_decay is None else log_decay.shape[3],
+        DTYPES[q.dtype],
+        torch.get_num_threads() if B * T * H * K * V >= SERIAL_SIZE else 1,
+        scale,
+        *heads(q),
+        *heads(k),
+        *heads(v),
+        *heads(log_decay),
+        address(initial_state),
+        address(bonus),
+    )
