@@ -109,8 +109,7 @@ class _Given:
         scale: float,
         vector_bytes: int,
     ) -> None:
-        self.kept = [columns_together(x) for x in rows]
-        q, _, v, log_decay, a, _ = self.kept
+        self.kept = q, k, v, log_decay, a, b = [columns_together(x) for x in rows]
         assert q is not None
         assert v is not None
         self.v, self.wide = v, state_dtype(q.dtype)
@@ -137,7 +136,12 @@ class _Given:
             vectors,
             self.groups,
             scale,
-            *(number for x in self.kept for number in memory.heads(x)),
+            *memory.heads(q),
+            *memory.heads(k),
+            *memory.heads(v),
+            *memory.heads(log_decay),
+            *memory.heads(a),
+            *memory.heads(b),
             address(self.initial),
         )
 

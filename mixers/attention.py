@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.attention.cache import align, append, recent
 from kernels.packing import Packing
+from mixers.heads import split
 from mixers.mixer import SequenceMixer
 from mixers.parts import rotate
 from mixers.registry import register
@@ -115,11 +115,8 @@ class Attention(SequenceMixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q [B, T, H, K], and the rows [B, T, ...] that are cached, in the order of `cached`."""
-        q, k, v = (
-            rearrange(projection(x), "b t (h k) -> b t h k", k=self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return q, k, v
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
 
     def attend(self, q: Tensor, rows: Sequence[Tensor], starts: Tensor | None = None, **options: Any) -> Tensor:
         """y [B, T, H, V] of queries and all the rows that were cached for them."""
@@ -128,7 +125,7 @@ class Attention(SequenceMixer):
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output, from what its heads have made of x."""
-        return self.o_proj(rearrange(y, "b t h k -> b t (h k)"))
+        return self.o_proj(y.flatten(-2))
 
     def _continue(
         self, q: Tensor, rows: Sequence[Tensor], state: dict[str, Tensor]

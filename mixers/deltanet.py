@@ -85,7 +85,7 @@ class DeltaNet(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, after = self.qkv(x, state, cu_seqlens)
-        beta = self.largest_beta * torch.sigmoid(cast(self.beta_proj(x), state_dtype(q.dtype)))
+        beta = rates(self.beta_proj(x), self.largest_beta)
         y, S = delta_rule(q, k, v, beta, None, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         y = self.norm(y, None if self.g_proj is None else self.g_proj(x))
         return self.o_proj(y), {"S": S, **after}
@@ -143,13 +143,19 @@ class ConvolvedQKV(nn.Module):
                 qkv, self.conv_weight, self.conv_bias, before, activation="silu", cu_seqlens=cu_seqlens
             )
         keys, _, values = self.widths
-        qk, v = qkv.split([2 * keys, values], -1)
-        q, k = unit(split(qk, 2 * self.heads)).split(self.heads, 2)
+        qk, v = qkv.split_with_sizes([2 * keys, values], -1)
+        q, k = unit(split(qk, 2 * self.heads)).chunk(2, 2)
         return self._serve(q), self._serve(k), split(v, self.value_heads), after
 
     def _serve(self, x: Tensor) -> Tensor:
         times = self.value_heads // self.heads
         return x if times == 1 else x.repeat_interleave(times, dim=2)
+
+
+def rates(logits: Tensor, largest: float) -> Tensor:
+    """largest σ(logits), in the state dtype."""
+    share = torch.sigmoid(cast(logits, state_dtype(logits.dtype)))
+    return share if largest == 1 else largest * share
 
 
 def unit(x: Tensor) -> Tensor:

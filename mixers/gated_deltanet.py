@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kernels.delta_rule import delta_rule
 from kernels.problem import state_dtype
-from mixers.deltanet import ConvolvedQKV
+from mixers.deltanet import ConvolvedQKV, rates
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
 from mixers.parts import cast
@@ -107,8 +107,7 @@ class GatedDeltaNet(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, after = self.qkv(x, state, cu_seqlens)
-        wide = state_dtype(q.dtype)
-        beta = self.largest_beta * torch.sigmoid(cast(self.beta_proj(x), wide))
+        beta = rates(self.beta_proj(x), self.largest_beta)
         log_decay = log_decays(self.decay_proj(x), self.A_log, self.dt_bias)
         y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         y = self.norm(y, None if self.g_proj is None else self.g_proj(x))

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from kernels.delta_rule import delta_rule
 from kernels.problem import state_dtype
-from mixers.deltanet import ConvolvedQKV
+from mixers.deltanet import ConvolvedQKV, rates
 from mixers.gated_deltanet import decay_parameters, log_decays
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
-from mixers.parts import cast
 from mixers.registry import register
 
 
@@ -97,7 +96,7 @@ class KDA(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, after = self.qkv(x, state, cu_seqlens)
-        beta = self.largest_beta * torch.sigmoid(cast(self.beta_proj(x), state_dtype(q.dtype)))
+        beta = rates(self.beta_proj(x), self.largest_beta)
         decay = split(self.decay_proj(x), self.heads)
         log_decay = log_decays(decay, self.A_log[:, None], split(self.dt_bias, self.heads))
         y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)

@@ -95,14 +95,14 @@ class Mamba2(SequenceMixer):
         return {"S": torch.zeros(shape, device=device, dtype=state_dtype(dtype)), "conv": conv}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        z, u, dt = self.in_proj(x).split([self.inner, self.conv.shape[0], self.heads], -1)
+        z, u, dt = self.in_proj(x).split_with_sizes([self.inner, self.conv.shape[0], self.heads], -1)
         bias = None if self.conv_bias is None else cast(self.conv_bias, u.dtype)
         u, conv = short_conv(
             u, cast(self.conv, u.dtype), bias, cast(state["conv"], u.dtype), activation="silu", cu_seqlens=cu_seqlens
         )
         keys = self.groups * self.state_dim
-        v, kq = u.split([self.inner, 2 * keys], -1)
-        k, q = split(kq, 2 * self.groups).repeat_interleave(self.heads // self.groups, 2).split(self.heads, 2)
+        v, kq = u.split_with_sizes([self.inner, 2 * keys], -1)
+        k, q = split(kq, 2 * self.groups).repeat_interleave(self.heads // self.groups, 2).chunk(2, 2)
         wide, v = state_dtype(x.dtype), split(v, self.heads)
         dt = F.softplus(cast(dt, wide) + cast(self.dt_bias, wide))
         log_decay = -cast(self.A_log, wide).exp() * dt

@@ -100,7 +100,7 @@ class MLSTM(SequenceMixer):
         y, S = gla(
             q, k, F.pad(v, (0, 1), value=1.0), log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend
         )
-        h, n = cast(y, m.dtype).split([self.value_width, 1], -1)
+        h, n = cast(y, m.dtype).split_with_sizes([self.value_width, 1], -1)
         # e^{-m}, short of infinity, where h is 0 anyway
         floor = (-m.clamp_min(math.log(torch.finfo(m.dtype).tiny))).exp()
         h = h / (torch.maximum(n.abs(), floor.unsqueeze(-1)) + self.EPS)
@@ -117,7 +117,7 @@ class MLSTM(SequenceMixer):
             logits = F.linear(cast(x, wide), cast(weight, wide), cast(bias, wide))
         if self.gate_cap is not None:
             logits = self.gate_cap * torch.tanh(logits / self.gate_cap)
-        return logits.split(self.heads, -1)
+        return logits.chunk(2, -1)
 
 
 def maxima(i: Tensor, log_f: Tensor, m: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,7 +132,7 @@ def rotate(q: Tensor, k: Tensor, positions: Tensor, base: float = 10000.0) -> tu
     cos, sin = angle.cos(), angle.sin()
 
     def turned(x: Tensor) -> Tensor:
-        x1, x2, *rest = cast(x, wide).split([half, half] + [1] * (x.shape[-1] % 2), -1)
+        x1, x2, *rest = cast(x, wide).split_with_sizes([half, half] + [1] * (x.shape[-1] % 2), -1)
         return cast(torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, *rest], -1), x.dtype)
 
     return turned(q), turned(k)
