@@ -25,14 +25,13 @@ class GSA(SequenceMixer):
         K_t = diag(α_t) K_{t−1} + (1 − α_t) k_tᵀ,   V_t = diag(α_t) V_{t−1} + (1 − α_t) v_tᵀ,   head by head
         o_t = V_tᵀ softmax(K_t q_t),   y_t = W_o rms(SiLU(o_t))
 
-    α_t [M] forgets slot by slot; 1 − α is computed as −expm1(log α) in float32. Each equation is linear attention: in
-    the second pass the slots are its keys, and in the first its values, each of which has a decay of its own and so
-    becomes a head with one value.
+    α_t [M] forgets slot by slot; 1 − α is computed as −expm1(log α) in float32. Each equation is linear attention whose
+    keys are the slots: the second pass reads it as such, and the first along its values (`gla_transposed`).
 
     Shapes: x, y [B, T, dim]; state {"K": [B, H, M, dim / H], "V": [B, H, M, dim / H]} in float32 (float64 for
     float64 x).
-    Cost: 4 dim² + dim H M multiplications a token and 4 dim M for the state, which does not grow with T. The first pass
-    repeats q and k for every slot: 2 dim M numbers a token.
+    Cost: 4 dim² + dim H M multiplications a token and 4 dim M for the state, which does not grow with T; over
+    several tokens the first pass takes a forward and a backward pass of gla.
 
     Args:
         dim: width of x and y.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.agreement import Expected, Inputs, draw, pose
 from kernels.gla import OP, gla
+from kernels.gla.transposed import gla_transposed
 from kernels.op import Backend
 from kernels.problem import Problem
 
@@ -179,6 +180,50 @@ def test_flash_linear_attentions_loop_of_rwkv6(backend: str) -> None:
     y, final_state = gla(q, k, v, log_decay, state, bonus=u, backend=backend)
     torch.testing.assert_close(y, o.transpose(1, 2), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(final_state, final, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 0, 30, 67, 70, 70]], ids=["batch", "packed"])
+@pytest.mark.parametrize("backend", ["naive", "compiled", "native"])
+def test_read_along_the_values(backend: str, bounds: list[int] | None) -> None:
+    """By definition every key is the value of a head of its own, with this key's decay."""
+    inputs = posed("forward", 70, hard=0.3, bounds=bounds, dtype=torch.float64)
+    _, k, v, log_decay, state = tensors = [t.requires_grad_() for t in inputs.tensors[:5] if t is not None]
+    cu_seqlens, q = inputs.cu_seqlens, torch.randn_like(v, requires_grad=True)
+    many, values = ([t.repeat_interleave(k.shape[3], 2) for t in (q, v)], [t.flatten(2) for t in (k, log_decay)])
+    y, final_state = gla(
+        *many, values[0][..., None], values[1], state.flatten(1, 2)[..., None],
+        scale=1.0, cu_seqlens=cu_seqlens, backend="naive",
+    )  # fmt: skip
+    expected = y.view_as(k), final_state.view_as(state)
+    found = gla_transposed(q, k, v, log_decay, state, cu_seqlens=cu_seqlens, backend=backend)
+    tensors[0] = q
+    weights = [torch.randn_like(t) for t in expected]
+    for some in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        gradients = [
+            torch.autograd.grad(out[some], tensors, weights[some], retain_graph=True, materialize_grads=True)
+            for out in (found, expected)
+        ]
+        for one, other in zip((*found, *gradients[0]), (*expected, *gradients[1])):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_reading_along_the_values_has_second_gradients_flops_and_an_operator() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    drawn = posed("forward", 4, dtype=torch.float64, bounds=[0, 3, 4])
+    q, k, v, log_decay, state = (t.requires_grad_() for t in drawn.tensors[:5] if t is not None)
+    given = v.detach().clone().requires_grad_(), k, v, log_decay, state
+
+    def call(*args: Tensor) -> tuple[Tensor, Tensor]:
+        return gla_transposed(*args, cu_seqlens=drawn.cu_seqlens)
+
+    assert torch.autograd.gradgradcheck(call, given)
+    torch.library.opcheck(torch.ops.sequence_mixers.gla_transposed.default, (*given, drawn.cu_seqlens, "naive"))
+    with FlopCounterMode(display=False) as counter:
+        call(*given)
+    assert counter.get_total_flops() > 0
+    with pytest.raises(ValueError, match=r"gla_transposed: q is \[1, 4, 2, 5\] .* but v is \[1, 4, 2, 3\]"):
+        call(q, *given[1:])
 
 
 def test_wrong_calls_name_op_axis_and_both_values() -> None:

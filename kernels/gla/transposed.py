@@ -1,6 +1,6 @@
 """Gated linear attention read along its values, out of gla and its gradient.
 
-An operator of its own, not an autograd.Function in traced Python, of which torch.export keeps no gradient.
+An operator of its own: of an autograd.Function in traced Python torch.export keeps no gradient.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def gla_transposed(
 
     It is the gradient of gla: for o = gla(r, k, v), o[t] = S[t]ᵀ r[t], a gradient q of o makes the gradient S[t] q[t]
     of r, whatever r is. And for a gradient r of y the loss is Σ r[t]ᵀ S[t] q[t] = Σ o[t]ᵀ q[t], so that dq = o and the
-    other gradients are gla's for that query. So no state is kept, and nothing repeated for each key.
+    other gradients are gla's for that query. No state is kept, and nothing is repeated for each key.
 
     Args:
         q: queries [B, T, H, V].
@@ -49,9 +49,9 @@ def gla_transposed(
     Every input has a gradient, through y and through final_state, and a second one.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as gla does; ValueError if q is not shaped like v.
+        TypeError, ValueError, RuntimeError: as gla does, to which k goes as its query too; and where q is not like v.
 
-    Source: the two passes of Zhang et al. 2024, "Gated slot attention" (arXiv 2409.07146), of which this is the first.
+    Source: the first of the two passes of Zhang et al. 2024, "Gated slot attention" (arXiv 2409.07146).
     """
     if q.shape != v.shape or q.dtype != v.dtype:
         error = ValueError if q.shape != v.shape else TypeError
@@ -127,4 +127,4 @@ _library.impl(NAME, _run, "CompositeExplicitAutograd")
 _library.impl(NAME, _autograd, "Autograd")
 torch.library.register_fake(f"{NAMESPACE}::{NAME}", _fake, lib=_library)
 _OVERLOAD = overload(NAME)
-flops.register(_OVERLOAD.overloadpacket, _flops)
+flops.register(getattr(getattr(torch.ops, NAMESPACE), NAME), _flops)
