@@ -80,6 +80,11 @@ class Blocks:
         self.blocks = -(-columns // self.block)
         self.programs = self.sequences * math.prod(shape[:-2]) * self.blocks
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most."""
+        return REGISTERS[self.dtype]
+
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.like.new_empty(shape, dtype=dtype or self.dtype)
 
@@ -112,7 +117,7 @@ class Blocks:
             {**arguments, **shared},
             self.config["num_warps"],
             num_stages=1,
-            registers=REGISTERS[self.dtype],
+            registers=self.registers,
             steps=self.batch * self.length // self.sequences,
         )
 

@@ -121,6 +121,11 @@ class _Given(Blocks):
         self.channels, keys = A.shape
         super().__init__(x, cu_seqlens, (self.channels, keys), keys, self.channels, config)
 
+    @property
+    def registers(self) -> int:
+        """As few as a quarter of all warps can have, where sequences have 16 bits; else some spill."""
+        return 128 if self.like.element_size() == 2 else super().registers
+
     def gradients(self, needs: Sequence[bool]) -> dict[str, Tensor | None]:
         """Where the gradients go; dB, dC in parts for blocks of channels, dA and dD in parts for sequences."""
         parts = self.blocks, self.batch, self.length, self.keys

@@ -15,7 +15,7 @@ from kernels.selective_scan import triton as backend
 def check(
     target: str, direction: str, config: int | None, dtype: torch.dtype = BFLOAT16, keys: int = 16, **facts: Any
 ) -> None:
-    """No spills, and an eighth of the warps resident. config: its place; None: every one."""
+    """No spills, and a quarter of the warps resident. config: its place; None: every one."""
     sizes = {"B": 2, "T": 2048, "D": 1024, "K": keys, "N": 2}
     options = {"D": True, "initial_state": True, "packed": False, **facts}
     if options["packed"]:
@@ -26,7 +26,8 @@ def check(
     for each in configs if config is None else [configs[config]]:
         for found in backend.compile_for(target, problem, each):
             assert found.spills == 0, found
-            assert found.occupancy >= 0.125, found
+            # Wider numbers spill backward in as many registers as a quarter leaves to a thread
+            assert found.occupancy >= (0.25 if dtype.itemsize == 2 else 0.125), found
 
 
 @pytest.mark.parametrize("target", TARGETS)
