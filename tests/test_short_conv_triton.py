@@ -8,7 +8,7 @@ from tests.triton_interpreter import run
 
 
 def test_values_and_gradients() -> None:
-    assert run("short_conv_values.py", interpret=True, share=4) >= 105
+    assert run("short_conv_values.py", interpret=True, share=4) >= 103
 
 
 @pytest.mark.long

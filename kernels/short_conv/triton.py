@@ -42,7 +42,8 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
 
     CT: rows of a program. BT: rows read before the first of them is worked on. columns: of a thread, for up to four
     taps and numbers of up to 4 bytes. num_warps: warps side by side. num_stages: groups of BT rows in work or on their
-    way. With these at least an eighth of the warps that a GPU can hold are resident.
+    way. With these at least a quarter of the warps that a GPU can hold are resident, backward in 32 and 64 bits an
+    eighth. Backward, more columns do not fit the registers that this leaves to a thread.
     Beside its rows a program moves its taps, those at its borders, and backward its sums, W + 1 numbers for each of its
     columns: in bfloat16 4 % of all bytes forward with 128 rows, backward 10 % with 128 and 2 % with 512.
     """
@@ -53,9 +54,10 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     found = [{**short, "CT": rows} for rows in (32, *longer)]
     order = [found.pop(first), *found]
     # More at a time where a thread's registers allow it, and less, so that more threads are resident, where they do not
+    if not forward:
+        return [*order, {**short, "BT": 2, "num_stages": 1}]
     wide = {"columns": 8} if problem.dtypes["x"].itemsize == 2 else {"BT": 8}
-    other = {**short, **(wide if forward else {"BT": 2}), "num_stages": 1}
-    return [*order, {**short, "num_stages": 1}, other]
+    return [*order, {**short, "num_stages": 1}, {**short, **wide, "num_stages": 1}]
 
 
 def forward(
@@ -202,4 +204,7 @@ class _Given:
             "BD": block,
             "STAGES": stages(config, self.lanes),
         }
-        return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"])
+        # NVIDIA's assembler else takes some more for the window and the sums, and fewer warps are resident; for wider
+        # numbers this many are too few
+        registers = 128 if kernel is conv_backward and self.x.element_size() == 2 else None
+        return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"], registers=registers)

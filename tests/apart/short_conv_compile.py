@@ -25,13 +25,14 @@ def problem(direction: str, dtypes: tuple[torch.dtype, torch.dtype], *, width: i
 
 
 def check(target: str, posed: Problem, config: dict[str, int]) -> None:
-    """No spills, an eighth of the warps resident, wide loads and stores, and asynchronous copies on NVIDIA."""
+    """No spills, a quarter of the warps resident, wide loads and stores, and asynchronous copies on NVIDIA."""
     assert backend.cannot(posed) == []
     first, *rest = backend.compile_for(target, posed, config)
     assert len(rest) == (posed.direction == "backward")
     for found in (first, *rest):
         assert found.spills == 0, found
-        assert found.occupancy >= 0.125, found
+        # Wider numbers spill backward in as many registers as a quarter leaves to a thread
+        assert found.occupancy >= (0.25 if posed.dtypes["x"].itemsize == 2 else 0.125), found
     rows, itemsize = config["BT"], posed.dtypes["x"].itemsize
     # float64: half the columns; then in pieces of at most 16 bytes
     wide = min(16, config["columns"] * min(itemsize, 4))
@@ -43,7 +44,7 @@ def check(target: str, posed: Problem, config: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-# Between the first and the last two are those with other chunks
+# The others differ in their chunks, and some backward in nothing else
 @pytest.mark.parametrize("config", [0, -2, -1])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_other_kind_of_config(direction: str, config: int, target: str) -> None:
