@@ -26,6 +26,11 @@ from kernels.problem import Problem, check_cu_seqlens
 
 __all__ = ["Backend", "Config", "Cost", "Op", "Plan", "recording"]
 
+# Found once: on the way of every call, a name in another module costs as much as the answer.
+_generation, _threads = autotune.generation, torch.get_num_threads
+_deterministic, _autocast = torch._C._get_deterministic_algorithms, torch._C._is_any_autocast_enabled
+_watched, _needs_gradient = registration.watched, registration.needs_gradient
+
 # Plans are cheap to make again; the bound keeps a stream of ever new shapes from growing without end.
 MAX_PLANS = 8192
 
@@ -57,10 +62,11 @@ class Op(Declaration):
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """The opaque operator itself: tensors, cu_seqlens, options and the backend's name, all by position."""
-        if registration.watched():
+        if _watched():
             return self.forward_overload(*args)
+        count = len(self.inputs)
         try:
-            signature = self._signature("called", len(self.inputs), args)
+            signature = self._signature("called", count, args)
         except AttributeError:
             self.check_types(args)
             raise
@@ -70,9 +76,9 @@ class Op(Declaration):
                 self.check_types(args)
                 return self.forward_overload(*args)
             plan = self._remember(signature, "forward", args)
-        if registration.needs_gradient(self, args):
+        if _needs_gradient(args[:count]):
             return self._with_gradient(plan, *args)
-        return self.execute(plan, "forward", len(self.inputs), args)
+        return self.execute(plan, "forward", count, args)
 
     def run_forward(self, *args: Any) -> tuple[Tensor, ...]:
         """The operator's kernel: looks the plan up (and checks the tensors where it is new) and runs it."""
@@ -95,7 +101,7 @@ class Op(Declaration):
         cu_seqlens = args[count]
         if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
             check_cu_seqlens(self.name, cu_seqlens, self.check(direction, args)["T"])
-        if torch._C._is_any_autocast_enabled():
+        if _autocast():
             # what a backend is made of has dtypes of its own choice
             with torch.autocast(next(t for t in args if t is not None).device.type, enabled=False):
                 return plan(*args[: count + 1])
@@ -104,14 +110,11 @@ class Op(Declaration):
     @staticmethod
     def _signature(way: str, count: int, args: Sequence[Any]) -> tuple[Any, ...]:
         """All that the choice of a plan depends on. way: "called" (plain tensors only), "forward" or "backward"."""
-        return (
-            way,
-            autotune.generation(),
-            torch.get_num_threads(),
-            torch._C._get_deterministic_algorithms(),
-            args[count + 1 :],
-            *[None if t is None else (type(t), t.shape, t.dtype, t.device) for t in args[: count + 1]],
-        )
+        found = [way, _generation(), _threads(), _deterministic(), args[count + 1 :]]
+        # a loop: a comprehension is one more call
+        for t in args[: count + 1]:
+            found.append(None if t is None else (type(t), t.shape, t.dtype, t.device))
+        return tuple(found)
 
     def _remember(self, signature: tuple[Any, ...], direction: str, args: Sequence[Any]) -> Callable[..., Any]:
         plan = self._prepare(direction, args)

@@ -26,6 +26,9 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _below = torch._C._AutoDispatchBelowAutograd
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _CALL = torch._C._FunctionBase.__dict__["apply"]
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -35,17 +38,19 @@ def overload(name: str) -> Callable[..., Any]:
 
 def watched() -> bool:
     """Is there any tracing, dispatch mode or function transform, which must see the operator?"""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return _is_compiling() or _dispatch_modes() > 0 or _function_modes() > 0 or _transform() is not None
 
 
 def plain(args: Sequence[Any]) -> bool:
     """Are these tensors with numbers in them, of no subclass, and plain options?"""
-    return all(not arg.is_meta if type(arg) in (Tensor, Parameter) else type(arg) in _PLAIN for arg in args)
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if arg.is_meta:
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return True
 
 
 def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
@@ -102,9 +107,9 @@ def _fake_backward(op: Op) -> Callable[..., Any]:
     return fake
 
 
-def needs_gradient(op: Op, args: Sequence[Any]) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in args[: len(op.inputs)]:
+def needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
+    if _is_grad_enabled():
+        for tensor in inputs:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
@@ -114,7 +119,7 @@ def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
     """The Autograd key: straight to the kernel if nothing needs a gradient, else through the autograd.Function."""
 
     def autograd(*args: Any) -> Any:
-        if needs_gradient(op, args):
+        if needs_gradient(args[: len(op.inputs)]):
             return with_gradient(None, *args)
         with _below():
             return op.forward_overload(*args)

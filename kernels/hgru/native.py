@@ -52,7 +52,10 @@ def forward(
     """h like i, and final_state [N, D] or [N, D, 2] in the state dtype."""
     h = pool.empty_like(i)
     given = _Given(i, f, lower_bound, theta, initial_state, cu_seqlens, config)
-    final_state = i.new_empty((given.sequences, *i.shape[2:]), dtype=given.wide)
+    if initial_state is None:
+        final_state = i.new_empty((given.sequences, *i.shape[2:]), dtype=given.wide)
+    else:
+        final_state = pool.empty_like(initial_state)
     _function("hgru_forward", 25)(
         *given.fields(activation, reverse, h.nbytes, config), h.data_ptr(), final_state.data_ptr()
     )
