@@ -170,6 +170,7 @@ void run_part(const Forward& f, const Chunks& chunks, const Part<S>& part, S* sc
     const int64_t stride = alone ? p.values : width, apart = alone ? width : size;
     S* after = alone ? const_cast<S*>(part.state(p, f.final_state)) : states;
     const S* before = alone ? part.state(p, p.initial_state) : states;
+    const auto go = alone ? &step<S, N, DELTA, DECAY, true, true> : &step<S, N, DELTA, DECAY, true, false>;
     if (!alone) part.read_state(p, p.initial_state, keys, states);
     for (int64_t n = 0; n < chunks.count(part.sequence); ++n) {
         const Chunk c = chunks.chunk(part.sequence, part.head, n);
@@ -181,8 +182,7 @@ void run_part(const Forward& f, const Chunks& chunks, const Part<S>& part, S* sc
                 const int64_t at = i * values + tile * width;
                 in.template added<N>(i, tile, read, u);
                 const S* next_a = i + 1 < c.rows ? in.a + (i + 1) * keys : in.nothing;
-                step<S, N, DELTA, DECAY, true>(keys, before + start, after + start, stride, in.row(i), next_a, u,
-                                               in.v + at, y + at, read);
+                go(keys, before + start, after + start, stride, in.row(i), next_a, u, in.v + at, y + at, read);
             }
         }
         write_rows<S>(out, p.format, c, part.columns, y, values);

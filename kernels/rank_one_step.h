@@ -64,12 +64,13 @@ struct Row {
 };
 
 // From the state before a row to the one after it, which may lie in its place; y (unless null) and the next row's p.
-// The keys of both states lie `stride` apart.
-template <class S, int N, bool DELTA, bool DECAY, bool OUT>
-OUTLINE void step(int64_t keys, const S* before, S* after, int64_t stride, const Row<S>& row, const S* next_a,
+// The keys of both states lie `apart` if they are APART, else one vector behind the other, which is faster.
+template <class S, int N, bool DELTA, bool DECAY, bool OUT, bool APART = false>
+OUTLINE void step(int64_t keys, const S* before, S* after, int64_t apart, const Row<S>& row, const S* next_a,
                   const S* u, const S* v, S* y, S* next_p) {
     // sums that wait for one another are as many as an addition takes cycles
     constexpr int W = kLanes<S>, U = 4 / N;
+    const int64_t stride = APART ? apart : N * W;
     const Wide<S, N> us(u), vs(DELTA ? u : v);
     Wide<S, N> ys[U], ps[U];
     const S *q = row.q, *of_k = row.k, *b = row.b, *decay = row.decay;
