@@ -208,6 +208,7 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
         "number of packed sequences",
         lambda: scan(a[:1], x[:1], torch.zeros(1, 3), cu_seqlens=packed),
     ),
+    "no tensor": (TypeError, "scan: x is int, expected a tensor", lambda: scan(a, 3)),
     "backend": (
         ValueError,
         "no backend 'cuda'; there are auto, naive, compiled, native, triton",

@@ -46,7 +46,12 @@ def scan(
 
     Source: Martin & Cundy 2018, "Parallelizing linear recurrent neural nets over sequence length" (arXiv 1709.04057).
     """
-    if not (x.is_complex() or a.is_complex()):
+    try:
+        real = not (x.is_complex() or a.is_complex())
+    except AttributeError:
+        # no tensors, of which the op says what it expected
+        real = True
+    if real:
         h, final = OP(a, x, initial_state, cu_seqlens, reverse, backend)
         return h, final
     for name, tensor in (("a", a), ("x", x), ("initial_state", initial_state)):
