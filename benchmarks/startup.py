@@ -30,10 +30,13 @@ for source in sys.argv[1:]:
 
 
 def importing(rounds: int) -> Iterator[Row]:
-    runs: list[Callable[[], object]] = [partial(python, f"import {name}") for name in ("torch", "mixers")]
-    torch_s, mixers_s = medians(runs, max(rounds // 4, 3))
+    programs = ("import torch", "import mixers", "import mixers; mixers.build('hgrn', 8)")
+    runs: list[Callable[[], object]] = [partial(python, program) for program in programs]
+    torch_s, mixers_s, layer_s = medians(runs, max(rounds // 4, 3))
     detail = f"{mixers_s:.2f} s, torch {torch_s:.2f} s"
     yield Row("import mixers over import torch", mixers_s - torch_s, 0.3, "s", detail)
+    # what a mixer needs is imported when it is asked for
+    yield Row("import mixers and a first layer over import torch", layer_s - torch_s, None, "s", f"{layer_s:.2f} s")
 
 
 def compiling(rounds: int) -> Iterator[Row]:
