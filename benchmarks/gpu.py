@@ -13,143 +13,30 @@ soon as it is known. Elsewhere than on a GPU rows are timed by the process's clo
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from libraries import launched, peers_of
-from sizes import accelerated, drawn
-from timing import seconds_of
+from gpu_attention import beside_attention
+from gpu_report import Report, Run, copied
+from gpu_subjects import SUBJECTS, Subject, posed
+from libraries import peers_of
+from peers import Subject as Timed
+from sizes import accelerated
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import autotune
-from autotune.device import synchronizer
-from kernels.agreement import Inputs, pose
 from kernels.catalogue import OPS
-from kernels.op import Op
 
 COPIED_MIB = 1024
 LENGTHS, TOKENS = (2048, 8192, 32768), 65536
 # Of an output's largest number; two right configs round in another order
 CLOSE = 0.05
-Run = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An op with sizes beside B and T. case: of libraries.CASES, "" if nobody has the same."""
-
-    name: str
-    op: str
-    sizes: Mapping[str, int]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    case: str = ""
-
-
-def heads(keys: int, decays: int = 0) -> dict[str, int]:
-    return {"H": 1024 // keys, "K": keys, "V": keys, "J": decays or keys}
-
-
-WIDE = {"D": 2048}
-EIGHTH = {"scale": 64**-0.5}
-SUBJECTS = (
-    Subject("scan", "scan", WIDE, {}, "scan"),
-    Subject("scan complex", "scan", WIDE, {"pairs": True}),
-    Subject("hgru", "hgru", WIDE, {"activation": "positive", "lower_bound": False}),
-    Subject("gated_norm", "gated_norm", {"H": 1, "V": 2048}, {"bias": False}, "gated_norm"),
-    Subject("short_conv", "short_conv", {**WIDE, "W": 4}, {"activation": "silu"}, "short_conv"),
-    Subject("gla per head", "gla", heads(64, 1), EIGHTH, "gla per head"),
-    Subject("gla per key", "gla", heads(64), EIGHTH, "gla per key"),
-    Subject("gla per head K=V=128", "gla", heads(128, 1), {"scale": 128**-0.5}, "gla per head"),
-    Subject("gla per key K=V=128", "gla", heads(128), {"scale": 128**-0.5}, "gla per key"),
-    Subject("delta_rule", "delta_rule", heads(64), {"log_decay": False, **EIGHTH}, "delta_rule"),
-    Subject("delta_rule per head", "delta_rule", heads(64, 1), EIGHTH, "delta_rule per head"),
-    Subject("dplr", "dplr", heads(64), {}, "dplr per key"),
-    Subject("selective_scan", "selective_scan", {**WIDE, "K": 16}),
-)
-
-
-@dataclass
-class Report:
-    """Rows, printed and saved as they come. compiles: the number of this process and of all, where nothing is timed and
-    each calls its part of everything once."""
-
-    device: torch.device
-    out: Path | None
-    deadline: float
-    compiles: tuple[int, int] | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    met: int = 0
-
-    def mine(self) -> bool:
-        """Whether the next part is this process's."""
-        self.met += 1
-        return self.compiles is None or self.met % self.compiles[1] == self.compiles[0]
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() > self.deadline
-
-    def add(self, line: str, **facts: Any) -> None:
-        if self.compiles is not None:
-            return
-        print(line, flush=True)
-        self.rows.append(facts)
-        if self.out is not None:
-            about = {"device": autotune.fingerprint(self.device), "torch": str(torch.__version__)}
-            self.out.write_text(json.dumps({**about, "rows": self.rows}, indent=1), encoding="utf-8")
-
-    def seconds(self, run: Run) -> float:
-        """The median of a call. It is called before, and compiles what there is to compile."""
-        first = seconds_of(run, synchronizer(self.device))
-        if self.compiles is not None:
-            return first
-        if self.device.type == "cpu":
-            return seconds_of(run, None)
-        import triton.testing
-
-        return 1e-3 * triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
-
-
-def copied(report: Report, mib: int) -> float:
-    """Bytes a second of a copy, read and written."""
-    a = torch.rand(mib << 18, device=report.device)
-    b = torch.empty_like(a)
-    rate = 2 * a.nbytes / report.seconds(lambda: b.copy_(a))
-    report.add(f"a copy of {mib} MiB: {rate / 1e9:,.0f} GB/s", kind="copy", bytes_s=rate)
-    return rate
-
-
-def posed(subject: Subject, given: argparse.Namespace, dtype: torch.dtype, direction: str) -> Inputs:
-    """Its tensors; a backward pass gets its residuals from the backend's own forward pass."""
-    op = OPS[subject.op]
-    sizes = {**subject.sizes, "B": given.batch, "N": given.batch, "T": given.length}
-    forward, problem = (
-        pose(op, part, sizes, dtype=dtype, device=given.device, **subject.facts) for part in ("forward", direction)
-    )
-    inputs = drawn(op, forward)
-    if direction == "forward":
-        return inputs
-    with torch.no_grad():
-        outputs = op(*inputs.tensors, None, *options(op, inputs), given.backend)
-    known = dict(zip((arg.name for arg in (*op.inputs, *op.outputs)), (*inputs.tensors, *outputs)))
-    gradients = [torch.randn_like(known[arg.name]) if arg.differentiable else None for arg in op.outputs]
-    return Inputs(op, problem, (*gradients, *(known[name] for name in op.residuals)), None)
-
-
-def options(op: Op, inputs: Inputs) -> list[Any]:
-    return [inputs.problem.options[name] for name in op.options]
 
 
 def configs(
@@ -206,15 +93,14 @@ def theirs(
     inputs = posed(subject, given, dtype, "forward")
     tensors = {arg.name: t for arg, t in zip(inputs.op.inputs, inputs.tensors) if t is not None}
     known = {peer.name: peer.prepare for peer in peers_of(subject.case, given.device) if not peer.compiles}
-    if subject.name == "short_conv" and known:
-        path = "fla.modules.causal_conv1d:causal_conv1d"
-        known = {"fla": launched(path, "x", "weight", "bias", activation="silu")}
     fastest = None
     for name, prepare in known.items():
         what = f"{subject.name} {direction} {inputs.problem.dtype_name}"
         try:
             function, given_to, _ = prepare(tensors)
-            seconds = report.seconds(one_pass(function, given_to, direction))
+            timed = Timed(function, given_to)
+            run = timed.run(direction) if direction == "forward" else backward(timed)
+            seconds = report.seconds(run)
         except Exception as error:
             failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             report.add(f"  {what:44} {name:48} fails: {failure}", kind="peer", what=what, peer=name, error=failure)
@@ -226,16 +112,10 @@ def theirs(
     return fastest
 
 
-def one_pass(function: Callable[..., Tensor], tensors: Sequence[Tensor], direction: str) -> Run:
-    if direction == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return function(*tensors)
-
-        return forward
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    y = function(*leaves)
+def backward(timed: Timed) -> Run:
+    """The gradients alone, of a graph that is kept."""
+    leaves = [t.detach().requires_grad_() for t in timed.inputs]
+    y = timed.function(*leaves)
     gradient = torch.randn_like(y)
     return lambda: torch.autograd.grad(y, leaves, gradient, retain_graph=True, allow_unused=True)
 
@@ -264,78 +144,15 @@ def kernels(report: Report, given: argparse.Namespace, copy: float) -> None:
     if report.compiles is not None:
         return
     print(f"\n{'':40} {'best config':48} {'µs':>10} {'of a copy':>10} {'ours / fla':>11} {'rule / best':>12}")
-    shares = {row["what"]: row["share"] for row in report.rows if row.get("share", 0) > 0}
+    shares: dict[str, float] = {}
     for row in report.rows:
         if "share" in row:
-            shares[row["what"]] = max(shares[row["what"]], row["share"])
+            shares[row["what"]] = max(shares.get(row["what"], 0.0), row["share"])
     for subject, direction, dtype, best, seconds, ruled, peer in summary:
         what = f"{subject.name} {direction} {str(dtype).removeprefix('torch.')}"
         ratio = "" if peer is None else f"{seconds / peer:.2f}"
         rule = "" if ruled is None else f"{ruled / seconds:.2f}"
         print(f"{what:40} {best:48} {1e6 * seconds:10.1f} {shares[what]:10.0%} {ratio:>11} {rule:>12}")
-
-
-def beside_attention(report: Report, given: argparse.Namespace) -> None:
-    """Attention and recurrent ops of 16 heads of 64, or as wide, without states: forward, and forward + backward."""
-    subjects = {
-        "scan": Subject("scan", "scan", {"D": 1024}, {"initial_state": False}),
-        "gla per head": Subject("", "gla", heads(64, 1), {"initial_state": False, **EIGHTH}),
-        "gla per key": Subject("", "gla", heads(64), {"initial_state": False, **EIGHTH}),
-        "delta_rule": Subject("", "delta_rule", heads(64), {"initial_state": False, "log_decay": False, **EIGHTH}),
-    }
-    for length in given.lengths:
-        batch = max(1, given.tokens // length)
-        sized = argparse.Namespace(**{**vars(given), "batch": batch, "length": length})
-        for name, (function, tensors) in functions(subjects, sized):
-            for direction in ("forward", "forward+backward"):
-                if report.over:
-                    return
-                if not report.mine():
-                    continue
-                what = f"{name} {direction} [{batch}, {length}] bfloat16"
-                try:
-                    run = one_pass(function, tensors, "forward") if direction == "forward" else both(function, tensors)
-                    seconds = report.seconds(run)
-                except Exception as error:
-                    report.add(f"  {what:60} {type(error).__name__}: {error}", kind="error", what=what)
-                    continue
-                report.add(f"  {what:60} {1e6 * seconds:10.1f} µs", kind="attention", what=what, seconds=seconds)
-
-
-def functions(
-    subjects: Mapping[str, Subject], given: argparse.Namespace
-) -> Iterator[tuple[str, tuple[Callable[..., Tensor], list[Tensor]]]]:
-    q, k, v = (
-        torch.randn(given.batch, 16, given.length, 64, device=given.device, dtype=torch.bfloat16) for _ in range(3)
-    )
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if accelerated(given.device) else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    yield "flash attention", (attention, [q, k, v])
-    for name, subject in subjects.items():
-        inputs = posed(subject, given, torch.bfloat16, "forward")
-        yield name, of(inputs)
-
-
-def of(inputs: Inputs) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The op's first output as a function of the tensors that are there."""
-    op, there = inputs.op, [n for n, t in enumerate(inputs.tensors) if t is not None]
-
-    def function(*tensors: Tensor) -> Tensor:
-        every: list[Tensor | None] = [None] * len(op.inputs)
-        for place, tensor in zip(there, tensors):
-            every[place] = tensor
-        return op(*every, None, *options(op, inputs), "auto")[0]
-
-    return function, [t for t in inputs.tensors if t is not None]
-
-
-def both(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Run:
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    gradient = torch.randn_like(function(*leaves))
-    return lambda: torch.autograd.grad(function(*leaves), leaves, gradient, allow_unused=True)
 
 
 def compile_apart(count: int) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAMESPACE = "sequence_mixers"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_below = torch._C._AutoDispatchBelowAutograd
+below = torch._C._AutoDispatchBelowAutograd
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _CALL = torch._C._FunctionBase.__dict__["apply"]
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
@@ -53,6 +53,24 @@ def plain(args: Sequence[Any]) -> bool:
     return True
 
 
+def define(
+    name: str,
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any],
+    count: Callable[..., int],
+) -> None:
+    """An operator of torch.ops.sequence_mixers. autograd: what runs where gradients may be wanted, which goes on
+    `below`; count: its flops."""
+    _library.define(f"{name}{schema}")
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    flops.register(getattr(getattr(torch.ops, NAMESPACE), name), count)
+
+
 def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the op with its gradient for
     calls that nobody watches, whose first argument is the plan."""
@@ -69,17 +87,16 @@ def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     backward = ", ".join([*residuals, "Tensor? cu_seqlens", *options, "int needs", "str backend"])
     # a single output comes in a list, so that callers get a sequence of tensors whatever the op
     outputs = ", ".join(["Tensor"] * len(op.outputs)) if len(op.outputs) > 1 else "Tensor[]"
-    _library.define(f"{op.name}({forward}) -> ({outputs})")
-    _library.define(f"{op.name}_backward({backward}) -> ({', '.join(['Tensor'] * len(op.inputs))})")
-    _library.impl(op.name, op.run_forward, "CompositeExplicitAutograd")
-    _library.impl(f"{op.name}_backward", op.run_backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{op.name}", _fake_forward(op), lib=_library)
-    torch.library.register_fake(f"{NAMESPACE}::{op.name}_backward", _fake_backward(op), lib=_library)
+    gradients = ", ".join(["Tensor"] * len(op.inputs))
     function = _function(op)
-    _library.impl(op.name, _autograd(op, function.apply), "Autograd")
-    _library.impl(f"{op.name}_backward", _no_second_derivative(op), "Autograd")
-    for direction in ("forward", "backward"):
-        _register_flops(op, direction)
+    define(
+        op.name, f"({forward}) -> ({outputs})", kernel=op.run_forward, fake=_fake_forward(op),
+        autograd=_autograd(op, function.apply), count=_flops(op, "forward"),
+    )  # fmt: skip
+    define(
+        f"{op.name}_backward", f"({backward}) -> ({gradients})", kernel=op.run_backward, fake=_fake_backward(op),
+        autograd=_no_second_derivative(op), count=_flops(op, "backward"),
+    )  # fmt: skip
     # what `apply` comes to where no function is transformed; its way through Python costs as much as the kernel
     return _CALL.__get__(None, function)
 
@@ -121,7 +138,7 @@ def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
     def autograd(*args: Any) -> Any:
         if needs_gradient(args[: len(op.inputs)]):
             return with_gradient(None, *args)
-        with _below():
+        with below():
             return op.forward_overload(*args)
 
     return autograd
@@ -141,7 +158,7 @@ def _function(op: Op) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(ctx: Any, plan: Callable[..., Any] | None, *args: Any) -> tuple[Tensor, ...]:
             if plan is None:
-                with _below():
+                with below():
                     results = tuple(op.forward_overload(*args))
             else:
                 results = tuple(op.execute(plan, "forward", count, args))
@@ -169,7 +186,7 @@ def _function(op: Op) -> type[torch.autograd.Function]:
                 if not watched() and plain(args):
                     found = op.run("backward", args)
                 else:
-                    with _below():
+                    with below():
                         found = op.backward_overload(*args)
             return (None, *(g if needed else None for g, needed in zip(found, needs)), *nothing)
 
@@ -184,17 +201,14 @@ def _no_second_derivative(op: Op) -> Callable[..., Any]:
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             name = op.name
             raise RuntimeError(f"{name}_backward: not differentiable; differentiate {name} with create_graph=True")
-        with _below():
+        with below():
             return op.backward_overload(*args)
 
     return autograd
 
 
-def _register_flops(op: Op, direction: str) -> None:
-    suffix = "" if direction == "forward" else "_backward"
-    packet = getattr(getattr(torch.ops, NAMESPACE), f"{op.name}{suffix}")
-
+def _flops(op: Op, direction: str) -> Callable[..., int]:
     def count(*args: Any, out_val: Sequence[Tensor] | None = None, **kwargs: Any) -> int:
         return op.cost(op.problem_of(direction, args)).flops
 
-    flops.register(packet, count)
+    return count

@@ -7,7 +7,7 @@ Many small tests, so that compilers work side by side. What another package wrot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import autotune
 import mixers
-from kernels.agreement import Expected, Inputs, draw, pose, sequence_dtype
+from kernels.agreement import Inputs, draw, pose, sequence_dtype
 from kernels.catalogue import OPS
 from kernels.gated_norm import gated_norm
 from kernels.hgru import OP as HGRU
@@ -30,7 +30,7 @@ from kernels.scan import scan
 from kernels.short_conv import short_conv
 from kernels.tuning import STARTUP_SHARE, startup, tune
 from mixers import checks
-from mixers.commands.doctor import cases
+from mixers.commands.doctor import cases, compared
 from mixers.commands.probe import sizes_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or HIP device")
@@ -61,17 +61,10 @@ def posed(op: Op, direction: str, dtype: torch.dtype, *, keys: int = 64, **sizes
     return pose(op, direction, found, dtype=dtype, device=DEVICE)
 
 
-def wrong_configs(expected: Expected, inputs: Inputs, backend: Backend, every: bool) -> Iterator[str]:
+def wrong_configs(inputs: Inputs, backend: Backend, every: bool) -> list[str]:
     """What is wrong with the backend's outputs, a line a config that is."""
-    for config in backend.configs(inputs.problem)[: None if every else 1]:
-        try:
-            with torch.no_grad():
-                wrong = expected.difference(inputs.call(backend, config)())
-        # one config that raises must not hide what is wrong with the others
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong is not None:
-            yield f"{backend.name} {dict(config)}: {wrong} ({inputs.problem})"
+    found = compared(inputs, backend, every_config=every)
+    return [f"{backend.name} {dict(config)}: {wrong} ({inputs.problem})" for config, wrong in found if wrong]
 
 
 def report(lines: list[str]) -> None:
@@ -94,8 +87,7 @@ def test_agrees_with_the_loop_on_every_kind_of_problem(
         cannot = backend.cannot(case)
         reasons |= set(cannot)
         if not cannot:
-            inputs = draw(op, case)
-            failures += wrong_configs(Expected.of(inputs), inputs, backend, every=False)
+            failures += wrong_configs(draw(op, case), backend, every=False)
             ran += 1
     report(failures)
     if not ran:
@@ -116,8 +108,7 @@ def test_every_config_agrees_at_a_realistic_size(
     cannot = backend.cannot(problem)
     if cannot:
         pytest.skip("; ".join(cannot))
-    inputs = draw(op, problem)
-    report(list(wrong_configs(Expected.of(inputs), inputs, backend, every=True)))
+    report(wrong_configs(draw(op, problem), backend, every=True))
 
 
 # Each compiles kernels of its own, or code: tests of their own, so that they do so side by side.

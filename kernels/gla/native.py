@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def forward(
         final_state = q.new_empty((sequences(q, cu_seqlens), *q.shape[2:], v.shape[3]), dtype=state_dtype(q.dtype))
     else:
         final_state = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    _function("gla_forward", "9qd20q")(*_fields(*given, scale), y.data_ptr(), final_state.data_ptr())
+    _function("gla_forward", "9qd20q")(*_fields(given, scale), y.data_ptr(), final_state.data_ptr())
     return y, final_state
 
 
@@ -85,7 +86,7 @@ def backward(
     parts = None if dbonus is None else q.new_empty(chunks, H, K, dtype=wide)
     states = pool.empty(2, chunks, H, -(-V // lanes) * lanes, -(-K // lanes) * lanes, dtype=wide)
     _function("gla_backward", "9qd32q")(
-        *_fields(*given, scale),
+        *_fields(given, scale),
         *heads(dy),
         address(dfinal_state),
         *map(address, found),
@@ -96,38 +97,15 @@ def backward(
     return tuple(found)
 
 
-def _readable(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    bonus: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The inputs as native.cpp reads them, some of them copies."""
-    return (
-        columns_together(q),
-        columns_together(k),
-        columns_together(v),
-        columns_together(log_decay),
-        contiguous(initial_state),
-        contiguous(bonus),
-        bounds(cu_seqlens),
-    )
+def _readable(*given: Tensor | None) -> tuple[Tensor | None, ...]:
+    """q, k, v, log_decay, initial_state, bonus and cu_seqlens as native.cpp reads them, some of them copies."""
+    *rows, initial_state, bonus, cu_seqlens = given
+    return (*map(columns_together, rows), contiguous(initial_state), contiguous(bonus), bounds(cu_seqlens))
 
 
-def _fields(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    bonus: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[float, ...]:
-    """The fields of native.h's Problem."""
+def _fields(given: Sequence[Any], scale: float) -> tuple[float, ...]:
+    """The fields of native.h's Problem; given: what is readable."""
+    q, k, v, log_decay, initial_state, bonus, cu_seqlens = given
     (B, T, H, K), V = q.shape, v.shape[3]
     return (
         address(cu_seqlens),

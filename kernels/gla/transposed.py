@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import flops
 from kernels.gla import OP
 from kernels.matrix_state import with_axis
-from kernels.registration import NAMESPACE, overload
+from kernels.registration import below, define, needs_gradient, overload
 
 NAME = "gla_transposed"
+# q, k, v, log_decay and initial_state have gradients
+TENSORS = 5
 # of gla's gradients only the query's
 QUERY = 1
 
@@ -100,31 +101,28 @@ class _Transposed(torch.autograd.Function):
             assert OP.differentiable_backward is not None
             found = OP.differentiable_backward(q, dfinal_state, *given, scale=1.0, backend=ctx.backend)
         else:
-            mask = sum(2 << i for i, needed in enumerate(needs[1:5]) if needed)
+            mask = sum(2 << i for i, needed in enumerate(needs[1:TENSORS]) if needed)
             found = OP.backward_overload(q, dfinal_state, *given, 1.0, mask, ctx.backend)
-        return (dq, *(g if needed else None for g, needed in zip(found[1:5], needs[1:5])), None, None)
+        return (dq, *(g if needed else None for g, needed in zip(found[1:TENSORS], needs[1:TENSORS])), None, None)
 
 
 def _below(*args: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
+    with below():
         y, final_state = _OVERLOAD(*args)
     return y, final_state
 
 
 def _autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+    if needs_gradient(args[:TENSORS]):
         y, final_state = _Transposed.apply(*args)
         return y, final_state
     return _below(*args)
 
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define(
-    f"{NAME}(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, str backend)"
-    " -> (Tensor, Tensor)"
-)
-_library.impl(NAME, _run, "CompositeExplicitAutograd")
-_library.impl(NAME, _autograd, "Autograd")
-torch.library.register_fake(f"{NAMESPACE}::{NAME}", _fake, lib=_library)
+define(
+    NAME,
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, str backend)"
+    " -> (Tensor, Tensor)",
+    kernel=_run, fake=_fake, autograd=_autograd, count=_flops,
+)  # fmt: skip
 _OVERLOAD = overload(NAME)
-flops.register(getattr(getattr(torch.ops, NAMESPACE), NAME), _flops)

@@ -20,9 +20,9 @@ from rich.text import Text
 import autotune
 from autotune.lookup import SHIPPED
 from kernels import inductor, jit_cpp
-from kernels.agreement import Expected, draw
+from kernels.agreement import Expected, Inputs, draw
 from kernels.catalogue import OPS
-from kernels.op import Backend, Op
+from kernels.op import Backend, Config, Op
 from kernels.problem import SEQUENCE_DTYPES, Problem
 from mixers.commands import common
 from mixers.commands.common import Device, mistakes
@@ -83,15 +83,7 @@ def examine(op: Op, backend: Backend, device: torch.device, *, every_config: boo
             found.partly[reason] = found.partly.get(reason, 0) + 1
         if reasons:
             continue
-        inputs = draw(op, case)
-        expected = Expected.of(inputs)
-        for config in backend.configs(case)[: None if every_config else 1]:
-            try:
-                with torch.no_grad():
-                    wrong = expected.difference(inputs.call(backend, config)())
-            # whatever a backend raises is its failure, and the others are still examined
-            except Exception as error:
-                wrong = f"{type(error).__name__}: {error}"
+        for config, wrong in compared(draw(op, case), backend, every_config=every_config):
             if wrong is None:
                 found.passed[case.direction] += 1
             else:
@@ -100,6 +92,19 @@ def examine(op: Op, backend: Backend, device: torch.device, *, every_config: boo
     if not any(found.passed.values()) and not found.failures:
         found.cannot = list(found.partly)
     return found
+
+
+def compared(inputs: Inputs, backend: Backend, *, every_config: bool) -> Iterator[tuple[Config, str | None]]:
+    """The backend's default config, or every one, and what is wrong with its results."""
+    expected = Expected.of(inputs)
+    for config in backend.configs(inputs.problem)[: None if every_config else 1]:
+        try:
+            with torch.no_grad():
+                wrong = expected.difference(inputs.call(backend, config)())
+        # whatever a backend raises is its failure, and the others are still examined
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        yield config, wrong
 
 
 def cases(op: Op, device: torch.device) -> Iterator[tuple[str, Problem]]:
