@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import sys
-import time
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from planted import CPU, Change, deterministic, planted, problem, right, slow
 
 import autotune
 from autotune import search
@@ -22,64 +18,15 @@ from kernels.agreement import pose
 from kernels.catalogue import OPS
 from kernels.comparison import checked_length
 from kernels.explain import explain
-from kernels.op import Backend, Op
-from kernels.problem import Problem
 from kernels.scan import OP as SCAN
 from kernels.scan import naive, scan
 from kernels.tuning import tune, tune_problems
-
-CPU = torch.device("cpu")
-SIZES = {"B": 2, "T": 9, "D": 5}
-_numbers = itertools.count()
-
-Change = Callable[[tuple[Any, ...]], Any]
 
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path) -> Iterator[autotune.Store]:
     with autotune.using(tmp_path / "tuned.jsonl") as store:
         yield store
-
-
-def planted(monkeypatch: pytest.MonkeyPatch, **backends: tuple[Change, Change]) -> Op:
-    """The scan with the loop and planted backends: the loop's results, each direction's passed through a function."""
-    listed = [SCAN.backends[0]]
-    for name, changes in backends.items():
-        module = types.ModuleType(f"planted_{name}_{next(_numbers)}")
-        for direction, change in zip(("forward", "backward"), changes):
-            setattr(module, direction, _through(getattr(naive, direction), change))
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        listed.append(Backend(name, module.__name__))
-    op = replace(SCAN, name=f"planted_scan_{next(_numbers)}", backends=tuple(listed), _plans={})
-    monkeypatch.setitem(OPS, op.name, op)
-    return op
-
-
-def _through(function: Callable[..., Any], change: Change) -> Callable[..., Any]:
-    return lambda *args, **options: change(function(*args, **options))
-
-
-def right(results: tuple[Any, ...]) -> tuple[Any, ...]:
-    return results
-
-
-def slow(results: tuple[Any, ...]) -> tuple[Any, ...]:
-    time.sleep(0.02)
-    return results
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def problem(op: Op = SCAN, direction: str = "forward", dtype: torch.dtype = torch.float32, **facts: Any) -> Problem:
-    sizes = {**SIZES, **({"B": 1, "N": 3} if facts.get("packed") else {})}
-    return pose(op, direction, sizes, dtype=dtype, device=CPU, **facts)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -153,63 +100,6 @@ def test_a_backend_that_raises_is_on_record(monkeypatch: pytest.MonkeyPatch) -> 
     verdicts = {v.backend: (v.status, v.reason) for v in explain(op, posed).verdicts}
     assert verdicts["unlucky"] == ("error", "RuntimeError: no luck")
     assert verdicts["naive"][0] == "chosen"
-
-
-def test_explain_says_where_a_decision_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = planted(monkeypatch, lazy=(slow, slow))
-    posed = problem(op)
-    longer = replace(posed, sizes={**posed.sizes, "T": 1000})
-    other = replace(posed, sizes={**posed.sizes, "D": 6})
-    assert "nothing was measured" in explain(op, posed).origin
-    tune(op, posed, seconds=1)
-    exact, near, far = explain(op, posed), explain(op, longer), explain(op, other)
-    assert exact.origin.startswith("measured at this length")
-    assert "the user table" in exact.origin
-    assert {v.backend: v.status for v in exact.verdicts} == {"naive": "chosen", "lazy": "slower"}
-    assert all((v.ratio or 0) > 5 for v in exact.verdicts if v.backend == "lazy")
-    assert near.origin.startswith("measured at T ≤ 16, the nearest length on record")
-    assert "sizes.D is 6 here, 5 there" in far.origin
-    assert {v.backend: v.status for v in far.verdicts} == {"naive": "not measured", "lazy": "chosen"}
-    named = explain(op, posed, op.choose(posed, "lazy"))
-    assert named.origin == "by name: backend='lazy' was asked for"
-
-
-def test_explain_says_that_the_sources_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = planted(monkeypatch, lazy=(slow, slow))
-    posed = problem(op)
-    tune(op, posed, seconds=1)
-    monkeypatch.setitem(op.__dict__, "source", "other")
-    found = explain(op, posed)
-    assert "the sources of the op have changed since" in found.origin
-    assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {
-        "naive": ("not measured", "measured with other sources"),
-        "lazy": ("chosen", "measured with other sources"),
-    }
-
-
-def test_explain_says_predicted_only_where_that_decided(monkeypatch: pytest.MonkeyPatch, store: autotune.Store) -> None:
-    op = planted(monkeypatch, lazy=(slow, slow))
-    posed = problem(op)
-    store.append(autotune.Record(op.key(posed), "lazy", {}, "predicted", source=op.compiled_source))
-    found = explain(op, posed)
-    assert found.origin.startswith("predicted, not measured, for this length")
-    assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {
-        "naive": ("not measured", ""),
-        "lazy": ("chosen", "predicted, not measured"),
-    }
-    with deterministic():
-        found = explain(op, posed)
-    assert found.origin.startswith("by rule, because torch.use_deterministic_algorithms is on")
-    assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {
-        "naive": ("not measured", ""),
-        "lazy": ("chosen", ""),
-    }
-
-
-def test_what_cannot_run_says_why() -> None:
-    verdict = next(v for v in explain(SCAN, problem()).verdicts if v.backend == "triton")
-    assert (verdict.status, verdict.config) == ("cannot", None)
-    assert "cuda" in verdict.reason.lower()
 
 
 def test_what_is_on_record_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:

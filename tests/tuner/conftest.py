@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from offers import Offer
 from workshop import Workshop
 
 import autotune
 from autotune import lookup
 from autotune.key import Key
 from autotune.record import Record
+from autotune.store import Store
 
 KEY = Key("scan", "forward", "toy-device", "float32", (("B", 2), ("D", 8)), (("reverse", True),), 1024)
 
@@ -49,3 +51,17 @@ def make_record() -> Callable[..., Record]:
 @pytest.fixture
 def shop() -> Workshop:
     return Workshop()
+
+
+@pytest.fixture
+def tables(cache: Path, make_record: Callable[..., Record]) -> Callable[..., None]:
+    """Appends (candidate, outcome) rows for a key to the "user" or the "shipped" table."""
+
+    def add(where: str, key: Key, *rows: tuple[Offer, Any], **fields: Any) -> None:
+        folder = cache / "tuned" if where == "user" else lookup.SHIPPED
+        store = Store(folder / f"{key.device}.jsonl")
+        for (backend, config), outcome in rows:
+            store.append(make_record(backend, outcome, key, config=config, **fields))
+        autotune.refresh()
+
+    return add
