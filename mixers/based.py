@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.gla.step import can_step, step
 from kernels.problem import state_dtype
 from mixers.attention import Attention
 from mixers.heads import heads_for, split
@@ -48,6 +49,7 @@ class Based(SequenceMixer):
     family = "matrix-state linear RNN"
     source = "arXiv 2402.18668"
     ops = ("gla",)
+    EPS = 1e-12
 
     def __init__(
         self,
@@ -82,8 +84,11 @@ class Based(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = taylor(torch.stack([q, k])).unbind()
-        y, S = attend(q, k, v, state["S"], True, cu_seqlens, self.backend, eps=1e-12)
+        if can_step(q, state["S"], cu_seqlens, self.backend, k, v):
+            y, S = step(q, k, v, state["S"], scale=1.0, eps=self.EPS)
+        else:
+            q, k = taylor(torch.stack([q, k])).unbind()
+            y, S = attend(q, k, v, state["S"], True, cu_seqlens, self.backend, eps=self.EPS)
         y, after = self.o_proj(y.flatten(-2)), {"S": S}
         if self.window is not None:
             near, after["window"] = self.window.mix(x, state["window"], cu_seqlens)
@@ -104,6 +109,6 @@ def taylor(x: Tensor) -> Tensor:
     d = x.shape[-1]
     row, column = torch.triu_indices(d, d, device=x.device)
     # x_i x_j stands for x_j x_i too, whose products are summed: twice the square, but not on the diagonal
-    weight = torch.where(row == column, math.sqrt(0.5), 1.0).to(x.dtype)
+    weight = torch.ones_like(row, dtype=x.dtype).masked_fill(row == column, math.sqrt(0.5))
     x = x / d**0.25
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight], -1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.step import can_step, step
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
@@ -109,6 +110,9 @@ def attend(
     """Linear attention of features q, k [B, T, H, K] and values [B, T, H, V]; normalised, S has a last column z."""
     if not normalize:
         return gla(q, k, v, None, S, cu_seqlens=cu_seqlens, backend=backend)
+    if can_step(q, S, cu_seqlens, backend, k, v):
+        y, S = step(q, k, v, S, scale=1.0, eps=eps)
+        return y, S
     # the sum of the keys is what a value of 1 would come to
     y, S = gla(q, k, F.pad(v, (0, 1), value=1.0), None, S, scale=1.0, cu_seqlens=cu_seqlens, backend=backend)
     return y[..., :-1] / (y[..., -1:] + eps), S

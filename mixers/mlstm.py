@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.step import can_step, step
 from kernels.packing import Packing
 from kernels.problem import state_dtype
 from kernels.scan import scan
@@ -93,7 +94,15 @@ class MLSTM(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        i, f = self._gates(x)
+        logits = self._logits(x)
+        if can_step(q, state["S"], cu_seqlens, self.backend, k, v, *logits, state["m"]):
+            # a token alone
+            h, S, m = step(
+                q, k, v, state["S"],
+                scale=self.key_width**-0.5, eps=self.EPS, gates=(*logits, state["m"]), cap=self.gate_cap,
+            )  # fmt: skip
+            return self.o_proj(self.norm(h, self.g_proj(x))), {"S": S, "m": m}
+        i, f = (z if self.gate_cap is None else self.gate_cap * torch.tanh(z / self.gate_cap) for z in logits)
         m, log_decay, last = maxima(i, F.logsigmoid(f), state["m"], cu_seqlens)
         k = cast((i - m).exp().unsqueeze(-1) * cast(k, m.dtype), k.dtype)
         # the sum of the keys, n, is what a value of 1 would come to
@@ -106,18 +115,14 @@ class MLSTM(SequenceMixer):
         h = h / (torch.maximum(n.abs(), floor.unsqueeze(-1)) + self.EPS)
         return self.o_proj(self.norm(cast(h, v.dtype), self.g_proj(x))), {"S": S, "m": last}
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Logits of i and f [B, T, H] in float32 or wider, under autocast too: they stand in an exponent."""
-        wide, projections = state_dtype(x.dtype), (self.i_proj, self.f_proj)
-        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
-        kind = x.device.type
+    def _logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of i and f [B, T, H], in float32 or wider under autocast too: they stand in an exponent."""
+        kind, wide = x.device.type, state_dtype(x.dtype)
+        x = cast(x, wide)
         # making the context takes as long as the product of one token
         exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
         with exact:
-            logits = F.linear(cast(x, wide), cast(weight, wide), cast(bias, wide))
-        if self.gate_cap is not None:
-            logits = self.gate_cap * torch.tanh(logits / self.gate_cap)
-        return logits.chunk(2, -1)
+            return tuple(F.linear(x, cast(p.weight, wide), cast(p.bias, wide)) for p in (self.i_proj, self.f_proj))
 
 
 def maxima(i: Tensor, log_f: Tensor, m: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

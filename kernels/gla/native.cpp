@@ -104,11 +104,15 @@ void forward(const Forward& f) {
 }  // namespace
 
 #include "native_backward.h"
+#include "native_step.h"
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
 int gla_forward(const Forward* f) {
     return unless_out_of_memory([&] { f->problem.format == 0 ? forward<double>(*f) : forward<float>(*f); });
+}
+int gla_step(const Step* s) {
+    return unless_out_of_memory([&] { s->format == 0 ? step<double>(*s) : step<float>(*s); });
 }
 int gla_backward(const Backward* b) {
     return unless_out_of_memory([&] { b->problem.format == 0 ? backward<double>(*b) : backward<float>(*b); });
