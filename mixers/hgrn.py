@@ -13,6 +13,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
 from mixers.parts import LowerBounded, choice
+from mixers.projections import project
 from mixers.recompute import in_chunks
 from mixers.registry import register
 
@@ -108,7 +109,7 @@ class HGRN(LowerBounded, SequenceMixer):
         return state
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        rows = self.i_proj(x), self.f_proj(x), self.g_proj(x)
+        rows = project(x, self.i_proj, self.f_proj, self.g_proj)
         if self.recompute:
             return in_chunks(self._mix, rows, state, cu_seqlens)
         return self._mix(rows, state, cu_seqlens)
@@ -126,7 +127,8 @@ class HGRN(LowerBounded, SequenceMixer):
         if self.complex:
             # [Re h | Im h]
             h = h.transpose(-1, -2).flatten(-2)
-        return self.o_proj(self.norm(h, g)), after if self.causal else None
+        (y,) = project(self.norm(h, g), self.o_proj)
+        return y, after if self.causal else None
 
     def recur(
         self, i: Tensor, f: Tensor, h: Tensor | None, direction: int, cu_seqlens: Tensor | None

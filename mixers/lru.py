@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.mixer import SequenceMixer
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -80,12 +81,13 @@ class LRU(SequenceMixer):
         return {"h": torch.zeros(batch, self.states, 2, device=device, dtype=state_dtype(dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        inputs = self.in_proj(x).unflatten(-1, (2, self.states)).transpose(-1, -2)
+        (inputs,) = project(x, self.in_proj)
+        inputs = inputs.unflatten(-1, (2, self.states)).transpose(-1, -2)
         wide = state_dtype(inputs.dtype)
         inputs = (self.gamma.to(wide).exp()[:, None] * inputs).to(inputs.dtype)
         decay = self.eigenvalues(wide).expand(inputs.shape)
         h, final = scan(decay, inputs, state["h"], cu_seqlens=cu_seqlens, backend=self.backend)
-        y = self.out_proj(h.transpose(-1, -2).flatten(-2))
+        (y,) = project(h.transpose(-1, -2).flatten(-2), self.out_proj)
         return y + (self.D * x).to(y.dtype), {"h": final}
 
     def eigenvalues(self, dtype: torch.dtype) -> Tensor:

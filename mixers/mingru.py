@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernels.hgru import hgru
 from kernels.problem import state_dtype
 from mixers.mixer import SequenceMixer
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -61,9 +62,10 @@ class MinGRU(SequenceMixer):
         }
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        z, c = project(x, self.z_proj, self.h_proj)
         # the forget gate is 1 − z
-        forget, c = -self.z_proj(x), self.h_proj(x)
         h, final = hgru(
-            c, forget, None, None, state["h"], activation=self.candidate, cu_seqlens=cu_seqlens, backend=self.backend
+            c, -z, None, None, state["h"], activation=self.candidate, cu_seqlens=cu_seqlens, backend=self.backend
         )
-        return self.o_proj(h), {"h": final}
+        (y,) = project(h, self.o_proj)
+        return y, {"h": final}

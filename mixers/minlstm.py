@@ -12,6 +12,7 @@ from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.mixer import SequenceMixer
 from mixers.parts import choice
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -74,7 +75,7 @@ class MinLSTM(SequenceMixer):
         return {"h": torch.zeros(batch, self.width, device=device, dtype=state_dtype(dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        f, i, candidate = self.f_proj(x), self.i_proj(x), self.h_proj(x)
+        f, i, candidate = project(x, self.f_proj, self.i_proj, self.h_proj)
         wide = state_dtype(f.dtype)
         # f/(f + i) = σ(log f − log i) of f, i that are sigmoids themselves
         logit = F.logsigmoid(f.to(wide)) - F.logsigmoid(i.to(wide))
@@ -83,4 +84,5 @@ class MinLSTM(SequenceMixer):
             c = torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
         inputs = (torch.sigmoid(-logit) * c).to(candidate.dtype)
         h, final = scan(torch.sigmoid(logit), inputs, state["h"], cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.o_proj(h), {"h": final}
+        (y,) = project(h, self.o_proj)
+        return y, {"h": final}

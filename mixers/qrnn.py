@@ -13,6 +13,7 @@ from kernels.scan import scan
 from kernels.short_conv import short_conv
 from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import choice
+from mixers.projections import project
 from mixers.registry import register
 
 # pooling: the projections that it takes beside the candidate z
@@ -68,7 +69,8 @@ class QRNN(SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         windows, last = self._windows(x.to(activation_dtype(x)), state["x"], cu_seqlens)
-        z, *gates = self.proj(windows).chunk(1 + len(self.gates), -1)
+        (projected,) = project(windows, self.proj)
+        z, *gates = projected.chunk(1 + len(self.gates), -1)
         y, final = self._pool(z, dict(zip(self.gates, gates)), state["c"], cu_seqlens)
         return y, {"c": final, "x": last}
 
