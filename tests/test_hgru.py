@@ -60,6 +60,18 @@ def test_activations_far_out_and_near_zero(activation: str, backend: str) -> Non
     torch.testing.assert_close(2 * found[0, 0].double(), slope(x.double()), rtol=2e-6, atol=1e-35)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_far_out(dtype: torch.dtype) -> None:
+    """Any gate meets any input and any state: nothing overflows that is finite."""
+    x = torch.tensor([-6e4, -100.0, -64.0, -20.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 20.0, 64.0, 100.0, 6e4, math.inf])
+    f, i = (side.flatten().view(1, 1, -1).to(dtype) for side in torch.meshgrid(x, x[:-1], indexing="ij"))
+    for size in (0.0, 1.0, 1e30):
+        state = torch.full((1, f.shape[2]), size)
+        _, found = hgru(i, f, None, None, state, backend="native")
+        _, exact = hgru(i.double(), f.double(), None, None, state.double(), backend="naive")
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-7 * max(1.0, size))
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_agrees_with_the_loop(activation: str, pairs: bool) -> None:

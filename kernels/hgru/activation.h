@@ -5,6 +5,20 @@
 // In the order of gates.py. KNOWN_LATER: the kind is looked up for every vector.
 enum Kind : int64_t { SILU, IDENTITY, TANH, SIGMOID, POSITIVE, KNOWN_LATER };
 
+// One group, or two as one, and its halves.
+template <class V, int K>
+INLINE Group<V, K> joined(const Group<V, K>& v) {
+    return v;
+}
+template <class V, int K>
+INLINE Group<V, 2 * K> joined(const Group<V, K>& a, const Group<V, K>& b) {
+    return group_of<V, 2 * K>([&](int k) INLINE_BODY { return k < K ? a.v[k] : b.v[k - K]; });
+}
+template <int N, class V, int K>
+INLINE Group<V, K / 2> half(const Group<V, K>& v) {
+    return group_of<V, K / 2>([&](int k) INLINE_BODY { return v.v[N * (K / 2) + k]; });
+}
+
 // tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|), and 4 e / (1 + e)^2; 1 - e is computed without a cancellation.
 template <int W, class S>
 INLINE Vec<S, W> hyperbolic_tangent(Vec<S, W> x, Vec<S, W>& derivative) {
@@ -68,4 +82,17 @@ INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x) {
     Vec<S, W> unused;
     if constexpr (KIND == SILU) return silu<W, S, SHORT>(x);
     else return activated<KIND, W, S, SHORT>(kind, x, unused);
+}
+
+// h + share (silu(i) - h) with share = upper sigmoid(-f), where f and i had 16 bits. One reciprocal serves both sigmoids.
+template <int W>
+INLINE Vec<float, W> step_to_silu(Vec<float, W> h, Vec<float, W> i, Vec<float, W> f, Vec<float, W> upper) {
+    // Beyond the first SiLU is next to nothing; where the product reaches the second, so is the share beside 1.
+    constexpr float least = -64, most = 1e38;
+    i = at_least<W, float>(i, least);
+    // together: a processor finds more to do that waits for nothing else
+    auto both = exponential_of_short<2 * W>(joined(f, -i));
+    auto e = half<0>(both), rest = 1 + half<1>(both);
+    auto s = upper * inverse<W, float>(at_most<W, float>(e * rest + rest, most));
+    return s * i + (h - s * rest * h);
 }

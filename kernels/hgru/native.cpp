@@ -5,6 +5,40 @@
 
 namespace {
 
+struct Place {
+    int64_t column, slot;
+};
+
+// for_vectors, two of them at a time while there are two: f(place, place), f(place).
+template <int W, class F>
+INLINE void for_two_vectors(int64_t n, bool backwards, const F& f) {
+    int64_t count = (n + W - 1) / W, step = backwards ? -W : W;
+    int64_t slot = backwards ? (count - 1) * W : 0;
+    auto place = [n](int64_t slot) INLINE_BODY { return Place{std::min(slot, n - W), slot}; };
+    for (; count > 1; count -= 2, slot += 2 * step) f(place(slot), place(slot + step));
+    if (count > 0) f(place(slot));
+}
+
+// A row of sequences of 16 bits, whose channels are numbers.
+template <int W, class T>
+INLINE void row_of_silu(int64_t n, bool backwards, const Rows<T>& i, const Rows<T>& f, const Output<T>& h,
+                        const Constants<T, false, W>& constant, State<T, false>& state) {
+    for_two_vectors<W>(n, backwards, [&](auto... at) INLINE_BODY {
+        (prefetch<false, W>(f, at.column), ...), (prefetch<false, W>(i, at.column), ...);
+        (prefetch<false, W>(h, at.column), ...);
+        auto all = step_to_silu<sizeof...(at) * W>(joined(load<W>(state.re.at + at.slot)...),
+                                                   joined(read_numbers<false, W>(i.row + at.column)...),
+                                                   joined(read_numbers<false, W>(f.row + at.column)...),
+                                                   joined(load<W>(constant.upper.at + at.slot)...));
+        auto keep = [&](Place to, const Vec<float, W>& v) INLINE_BODY {
+            store(state.re.at + to.slot, v);
+            write_numbers<false>(h.row + to.column, v);
+        };
+        if constexpr (sizeof...(at) == 1) (keep(at, all), ...);
+        else [&](Place a, Place b) INLINE_BODY { keep(a, half<0>(all)), keep(b, half<1>(all)); }(at...);
+    });
+}
+
 template <class T, bool PAIRS, Kind KIND, int W>
 void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile& t, const StateOf<T>* start,
                   StateOf<T>* end) {
@@ -20,7 +54,8 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
     State<T, PAIRS> state;
     state.template enter<W>(start, n);
     for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(wide.columns)) {
-        for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+        if constexpr (kShort<T> && !PAIRS && KIND == SILU) row_of_silu<W>(n, backwards, i, f, h, constant, state);
+        else for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
             prefetch<false, W>(f, c), prefetch<PAIRS, W>(i, c), prefetch<PAIRS, W>(h, c);
             V gate, rest, upper = load<W>(constant.upper.at + slot);
             open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(f.row + c), gate, rest);
