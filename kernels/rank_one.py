@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, memory, pool
-from kernels.memory import address, columns_together
+from kernels.memory import address
 from kernels.problem import Problem, state_dtype
 
 # of a tile's state, in the L1 cache beside the rows that pass by
@@ -34,7 +34,10 @@ def cannot(source: Path, problem: Problem) -> list[str]:
 
 
 class Native:
-    """A rule's two functions, called with its rows: q, k, v, log_decay, and a and b, which may be None."""
+    """A rule's two functions, called with its rows: q, k, v, log_decay, and a and b, which may be None.
+
+    Rows are [B, T, H, columns], or [B, T, H] with one column.
+    """
 
     def __init__(self, source: Path) -> None:
         self.source, self.name = source, source.parent.name
@@ -56,11 +59,7 @@ class Native:
     ) -> tuple[Tensor, Tensor]:
         """y [B, T, H, V] in v's dtype, and the final states [N, H, K, V]."""
         given = _Given(rows, initial, cu_seqlens, scale, self.vector_bytes)
-        y = pool.empty_like(given.v)
-        if given.initial is None:
-            final = given.v.new_empty(given.states, dtype=given.wide)
-        else:
-            final = torch.empty_like(given.initial)
+        y, final = pool.empty_like(given.v), given.v.new_empty(given.states, dtype=given.wide)
         self.run_forward(*given.fields, y.data_ptr(), final.data_ptr())
         return y, final
 
@@ -83,7 +82,7 @@ class Native:
         parts: list[Tensor | None] = [None] * len(summed)
         if given.groups > 1:
             parts = [None if x is None else x.new_empty((given.groups, *x.shape), dtype=given.wide) for x in summed]
-        dy, dfinal = columns_together(dy), memory.contiguous(dfinal)
+        dy, dfinal = memory.columns_together(dy), memory.contiguous(dfinal)
         kept = given.room()
         self.run_backward(
             *given.fields,
@@ -109,20 +108,21 @@ class _Given:
         scale: float,
         vector_bytes: int,
     ) -> None:
-        self.kept = q, k, v, log_decay, a, b = [columns_together(x) for x in rows]
+        q, _, v, log_decay, a, _ = rows
         assert q is not None
         assert v is not None
         self.v, self.wide = v, state_dtype(q.dtype)
         self.initial, self.cu_seqlens = memory.contiguous(initial), memory.bounds(cu_seqlens)
         batch, length, heads, keys = q.shape
-        values = v.shape[3]
-        sequences = memory.sequences(q, cu_seqlens)
+        values, itemsize = v.shape[3], self.wide.itemsize
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.states = sequences, heads, keys, values
-        vectors, self.groups = _tiles(sequences * heads, keys, values, self.wide.itemsize, vector_bytes)
+        vectors, self.groups = _tiles(sequences * heads, keys, values, itemsize, vector_bytes)
         parallel = batch * length * heads * keys * values >= SERIAL_SIZE
         self.threads = torch.get_num_threads() if parallel else 1
-        self.lanes, self.vectors = vector_bytes // self.wide.itemsize, vectors
-        self.fields = (
+        self.lanes, self.vectors = vector_bytes // itemsize, vectors
+        self.kept: list[Tensor] = []
+        fields = [
             address(self.cu_seqlens),
             sequences,
             length,
@@ -136,14 +136,18 @@ class _Given:
             vectors,
             self.groups,
             scale,
-            *memory.heads(q),
-            *memory.heads(k),
-            *memory.heads(v),
-            *memory.heads(log_decay),
-            *memory.heads(a),
-            *memory.heads(b),
-            address(self.initial),
-        )
+        ]
+        # a loop: for one token, calls cost more than numbers
+        for x in rows:
+            if x is None:
+                fields += (0, 0, 0, 0)
+                continue
+            batches, times, apart, *between = x.stride()
+            if between and between[0] != 1 and x.shape[3] > 1:
+                self.kept.append(x := x.contiguous())
+                batches, times, apart, _ = x.stride()
+            fields += (x.data_ptr(), batches, times, apart)
+        self.fields = *fields, address(self.initial)
 
     def room(self) -> Tensor:
         """For every thread's states before each chunk of the part that it is at; keys and columns are whole vectors."""

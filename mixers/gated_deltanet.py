@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from torch import nn
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from kernels.delta_rule import delta_rule
-from kernels.problem import state_dtype
-from mixers.deltanet import ConvolvedQKV, rates
+from mixers.delta import ConvolvedQKV, DeltaMixer, decay_parameters
 from mixers.heads import GatedNorm
-from mixers.mixer import SequenceMixer
-from mixers.parts import cast
 from mixers.registry import register
 
 
 @register
-class GatedDeltaNet(SequenceMixer):
+class GatedDeltaNet(DeltaMixer):
     """Delta rule with forgetting: the whole state of a head decays by a factor that depends on the data.
 
         q_t = unit(φ_q(W_q x)_t),   k_t = unit(φ_k(W_k x)_t),   v_t = φ_v(W_v x)_t,   β_t = σ(W_β x_t)
@@ -95,34 +86,3 @@ class GatedDeltaNet(SequenceMixer):
         self.g_proj = nn.Linear(dim, values, bias=False) if gate else None
         self.norm = GatedNorm(self.value_width)
         self.o_proj = nn.Linear(values, dim, bias=False)
-
-    def init_state(
-        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        weight = self.o_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        shape = batch, self.value_heads, self.key_width, self.value_width
-        S = torch.zeros(shape, device=device, dtype=state_dtype(dtype))
-        return {"S": S, **self.qkv.init_state(batch, device, dtype)}
-
-    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v, after = self.qkv(x, state, cu_seqlens)
-        beta = rates(self.beta_proj(x), self.largest_beta)
-        log_decay = log_decays(self.decay_proj(x), self.A_log, self.dt_bias)
-        y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
-        y = self.norm(y, None if self.g_proj is None else self.g_proj(x))
-        return self.o_proj(y), {"S": S, **after}
-
-
-def decay_parameters(heads: int, channels: int, *, smallest: float) -> tuple[nn.Parameter, nn.Parameter]:
-    """A_log [heads], A uniform in [smallest, 16], and b [channels], softplus(b) log-uniform in [0.001, 0.1]."""
-    # A = 0 would have no logarithm
-    A = torch.empty(heads).uniform_(smallest, 16).clamp_min(1e-4)
-    dt = torch.empty(channels).uniform_(math.log(0.001), math.log(0.1)).exp()
-    return nn.Parameter(A.log()), nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-
-
-def log_decays(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
-    """−exp(A_log) softplus(x + bias) in the state dtype; A_log and bias have the last axes of x."""
-    wide = state_dtype(x.dtype)
-    return -cast(A_log, wide).exp() * F.softplus(cast(x, wide) + cast(bias, wide))

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-from kernels.delta_rule import delta_rule
-from kernels.problem import state_dtype
-from mixers.deltanet import ConvolvedQKV, rates
-from mixers.gated_deltanet import decay_parameters, log_decays
-from mixers.heads import GatedNorm, heads_for, split
-from mixers.mixer import SequenceMixer
+from mixers.delta import ConvolvedQKV, DeltaMixer, decay_parameters
+from mixers.heads import GatedNorm, heads_for
 from mixers.registry import register
 
 
 @register
-class KDA(SequenceMixer):
+class KDA(DeltaMixer):
     """Kimi delta attention: Gated DeltaNet with a decay for every row of the state in place of one for all.
 
         q_t = unit(φ_q(W_q x)_t),   k_t = unit(φ_k(W_k x)_t),   v_t = φ_v(W_v x)_t,   β_t = σ(W_β x_t)
@@ -84,20 +77,3 @@ class KDA(SequenceMixer):
         self.g_proj = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, values, bias=gate_bias))
         self.norm = GatedNorm(self.value_width, activation="sigmoid")
         self.o_proj = nn.Linear(values, dim, bias=False)
-
-    def init_state(
-        self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        weight = self.o_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        shape = batch, self.heads, self.key_width, self.value_width
-        S = torch.zeros(shape, device=device, dtype=state_dtype(dtype))
-        return {"S": S, **self.qkv.init_state(batch, device, dtype)}
-
-    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v, after = self.qkv(x, state, cu_seqlens)
-        beta = rates(self.beta_proj(x), self.largest_beta)
-        decay = split(self.decay_proj(x), self.heads)
-        log_decay = log_decays(decay, self.A_log[:, None], split(self.dt_bias, self.heads))
-        y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.o_proj(self.norm(y, self.g_proj(x))), {"S": S, **after}

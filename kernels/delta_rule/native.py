@@ -31,7 +31,7 @@ def forward(
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, H, V], final_state [N, H, K, V])"""
-    return _native.forward((q, k, v, log_decay, beta.unsqueeze(-1), None), initial_state, cu_seqlens, scale)
+    return _native.forward((q, k, v, log_decay, beta, None), initial_state, cu_seqlens, scale)
 
 
 def backward(
@@ -50,8 +50,8 @@ def backward(
     config: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dbeta, dlog_decay, dinitial_state), each None where `needs` says so."""
-    rows = (q, k, v, log_decay, beta.unsqueeze(-1), None)
+    rows = (q, k, v, log_decay, beta, None)
     wanted = (*needs[:3], needs[4], needs[3], False, needs[5])
     found = _native.backward(dy, dfinal_state, rows, initial_state, cu_seqlens, scale, wanted)
     dq, dk, dv, dlog_decay, dbeta, _, dinitial_state = found
-    return dq, dk, dv, None if dbeta is None else dbeta.view(beta.shape), dlog_decay, dinitial_state
+    return dq, dk, dv, dbeta, dlog_decay, dinitial_state
