@@ -84,7 +84,7 @@ INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x) {
     else return activated<KIND, W, S, SHORT>(kind, x, unused);
 }
 
-// h + share (silu(i) - h) with share = upper sigmoid(-f), where f and i had 16 bits. One reciprocal serves both sigmoids.
+// h + share (silu(i) - h) with share = upper sigmoid(-f), where f and i had 16 bits: one reciprocal for both sigmoids.
 template <int W>
 INLINE Vec<float, W> step_to_silu(Vec<float, W> h, Vec<float, W> i, Vec<float, W> f, Vec<float, W> upper) {
     // Beyond the first SiLU is next to nothing; where the product reaches the second, so is the share beside 1.
