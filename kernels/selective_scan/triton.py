@@ -123,8 +123,8 @@ class _Given(Blocks):
 
     @property
     def registers(self) -> int:
-        """As few as a quarter of all warps can have, where sequences have 16 bits; else some spill."""
-        return 128 if self.like.element_size() == 2 else super().registers
+        """As few as a quarter of all warps can have."""
+        return 128
 
     def gradients(self, needs: Sequence[bool]) -> dict[str, Tensor | None]:
         """Where the gradients go; dB, dC in parts for blocks of channels, dA and dD in parts for sequences."""

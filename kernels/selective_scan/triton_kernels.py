@@ -55,6 +55,8 @@ def selective_scan_backward(
     keys = tl.arange(0, BK)
     # where this block of channels puts its part of sums over all channels
     part = block.to(tl.int64) * ROWS
+    # No row is larger anyway; so that the compiler keeps no place in each tensor in registers from row to row
+    last = ROWS - 1
     own = scratch + tl.program_id(0).to(tl.int64) * (R * BD * BK)
     cells = tl.arange(0, BD)[:, None] * BK + tl.arange(0, BK)[None, :]
     exponents = load_state(A, 0, D, K, channels, keys, STATE)
@@ -68,11 +70,12 @@ def selective_scan_backward(
         state = load_state(kept, chunk + chunks - 1 - c, D, K, channels, keys, STATE)
         for r in range(0, count):
             tl.store(own + r * (BD * BK) + cells, state)
-            state = after(state, exponents, x, delta, B, first + start + r, D, K, channels, keys, STATE)
+            row = tl.minimum(first + start + r, last)
+            state = after(state, exponents, x, delta, B, row, D, K, channels, keys, STATE)
         tl.debug_barrier()
         for i in range(0, count):
             r = count - 1 - i
-            row = first + start + r
+            row = tl.minimum(first + start + r, last)
             before = tl.load(own + r * (BD * BK) + cells)
             step, number = load_row(delta, row, D, channels, STATE), load_row(x, row, D, channels, STATE)
             read = load_row(B, row, K, keys, STATE)
