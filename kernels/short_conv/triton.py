@@ -42,25 +42,23 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
 
     CT: rows of a program. BT: rows read before the first of them is worked on. columns: of a thread, for up to four
     taps and numbers of up to 4 bytes. num_warps: warps side by side. num_stages: groups of BT rows in work or on their
-    way. With these at least a quarter of the warps that a GPU can hold are resident, backward in 32 and 64 bits an
-    eighth. Backward, more columns do not fit the registers that this leaves to a thread.
+    way, if BT is at least W - 1. With these at least a quarter of the warps that a GPU can hold are resident. Backward,
+    more columns do not fit the registers that this leaves to a thread, and in 64 bits only half as many.
     Beside its rows a program moves its taps, those at its borders, and backward its sums, W + 1 numbers for each of its
     columns: in bfloat16 4 % of all bytes forward with 128 rows, backward 10 % with 128 and 2 % with 512.
     """
-    sizes, forward = problem.sizes, problem.direction == "forward"
-    few = {"BT": 2, "num_stages": 1}
-    short = {"CT": 32, "BT": 4, "columns": 4, "num_warps": 1, "num_stages": 3 if forward else 2}
-    if not forward and problem.dtypes["x"].itemsize == 2 and not problem.options["bias"]:
-        # for more rows the assembler runs out of registers, of all cases in this one
-        short |= few
+    sizes, forward, itemsize = problem.sizes, problem.direction == "forward", problem.dtypes["x"].itemsize
+    short = {"CT": 32, "BT": 4, "columns": 4, "num_warps": 1, "num_stages": 3}
+    if not forward:
+        short |= {"BT": 3, "columns": 4 if itemsize < 8 else 2, "num_stages": 2}
     longer = [128] if forward else [128, 512]
     first = sum(sizes["B"] * sizes["T"] * sizes["D"] >= MANY_NUMBERS * rows // 128 for rows in longer)
     found = [{**short, "CT": rows} for rows in (32, *longer)]
     order = [found.pop(first), *found]
     # More at a time where a thread's registers allow it, and less, so that more threads are resident, where they do not
     if not forward:
-        return order if few.items() <= short.items() else [*order, short | few]
-    wide = {"columns": 8} if problem.dtypes["x"].itemsize == 2 else {"BT": 8}
+        return [*order, {**short, "BT": 2, "num_stages": 1}]
+    wide = {"columns": 8} if itemsize == 2 else {"BT": 8}
     return [*order, {**short, "num_stages": 1}, {**short, **wide, "num_stages": 1}]
 
 
@@ -208,7 +206,6 @@ class _Given:
             "BD": block,
             "STAGES": stages(config, self.lanes),
         }
-        # NVIDIA's assembler else takes some more for the window and the sums, and fewer warps are resident; for wider
-        # numbers this many are too few
-        registers = 128 if kernel is conv_backward and self.x.element_size() == 2 else None
+        # NVIDIA's assembler else takes some more for the window and the sums, and fewer warps are resident
+        registers = 128 if kernel is conv_backward else None
         return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"], registers=registers)
