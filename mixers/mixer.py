@@ -54,8 +54,8 @@ class SequenceMixer(nn.Module):
             ValueError: x, state or cu_seqlens do not fit; the message names the mixer, the axis and both values.
         """
         self._check(x, state, cu_seqlens)
-        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is None and self.causal:
+            batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = self.init_state(batch, device=x.device, dtype=activation_dtype(x))
         return self.mix(x, state, cu_seqlens)
 
@@ -78,16 +78,16 @@ class SequenceMixer(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in self._config.items() if not isinstance(v, nn.Module))
 
     def _check(self, x: Tensor, state: State, cu_seqlens: Tensor | None) -> None:
-        name = type(self).__name__
-        if x.ndim != 3:
-            raise ValueError(f"{name}: x has {x.ndim} axes {list(x.shape)}, expected [B, T, {self.dim}]")
-        if x.shape[2] != self.dim:
-            raise ValueError(f"{name}: axis dim is {x.shape[2]} in x but {self.dim} in the layer")
+        name, shape = type(self).__name__, x.shape
+        if len(shape) != 3:
+            raise ValueError(f"{name}: x has {len(shape)} axes {list(shape)}, expected [B, T, {self.dim}]")
+        batch, length, dim = shape
+        if dim != self.dim:
+            raise ValueError(f"{name}: axis dim is {dim} in x but {self.dim} in the layer")
         if not x.is_floating_point():
             raise TypeError(f"{name}: x is {x.dtype}, expected a floating-point dtype")
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"{name}: x is {list(x.shape)}; axes B and T must be at least 1")
-        batch = x.shape[0]
+        if batch == 0 or length == 0:
+            raise ValueError(f"{name}: x is {list(shape)}; axes B and T must be at least 1")
         if cu_seqlens is not None:
             if batch != 1:
                 raise ValueError(f"{name}: axis B is {batch}, but packed sequences (cu_seqlens) need B = 1")

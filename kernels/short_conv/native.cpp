@@ -5,24 +5,25 @@
 
 namespace {
 
+// Problem.taps arrive as [columns, width], numbers apart as these say.
+struct TapStrides {
+    int64_t column, tap;
+};
+
 struct Forward {
     Problem problem;
+    TapStrides tap_strides;
     void *y, *final_state;
 };
 
 struct Backward {
     Problem problem;
+    TapStrides tap_strides;
     const void* dy;  // may be null: zeros
     Strides dy_strides;
     const void* dfinal_state;   // may be null: zeros
     void *dx, *dinitial_state;  // null where not needed
     void *partials, *sums;      // [runs, width + 1, columns], [width + 1, columns]: of the taps and the bias; or null
-};
-
-struct Transpose {
-    const void* from;  // [rows, columns], elements apart as these say
-    int64_t row_stride, column_stride, rows, columns, bytes;
-    void* to;  // [columns, rows]
 };
 
 // A row of results is computed in its place, or in a buffer if it is to go around the cache or is not needed.
@@ -160,12 +161,18 @@ void backward(const Backward& b) {
     add_parts(static_cast<const S*>(b.partials), cut.runs, n, n, static_cast<S*>(b.sums), p.threads);
 }
 
-template <class S>
-void transpose(const Transpose& t) {
-    const S* from = static_cast<const S*>(t.from);
-    S* to = static_cast<S*>(t.to);
-    for (int64_t j = 0; j < t.columns; ++j)
-        for (int64_t i = 0; i < t.rows; ++i) to[j * t.rows + i] = from[i * t.row_stride + j * t.column_stride];
+// Calls f with p, whose taps then lie as the kernels read them, [width, columns].
+template <class S, class P, class F>
+void with_taps(P p, const F& f) {
+    Problem& problem = p.problem;
+    const S* from = static_cast<const S*>(problem.taps);
+    Scratch<S> taps(problem.width * problem.columns);
+    for (int64_t k = 0; k < problem.width; ++k) {
+        S* to = taps + k * problem.columns;
+        for (int64_t c = 0; c < problem.columns; ++c) to[c] = from[c * p.tap_strides.column + k * p.tap_strides.tap];
+    }
+    problem.taps = taps + 0;
+    f(p);
 }
 
 // Calls f with the format of x. native.py counts them in this order.
@@ -181,19 +188,18 @@ void with_format(const Problem& p, const F& f) {
 
 }  // namespace
 
-static_assert(sizeof(Forward) == 20 * 8 && sizeof(Backward) == 26 * 8 && sizeof(Transpose) == 7 * 8,
-              "native.py packs this many fields");
+static_assert(sizeof(Forward) == 22 * 8 && sizeof(Backward) == 28 * 8, "native.py packs this many fields");
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
-int short_conv_transpose(const Transpose* p) {
-    p->bytes == sizeof(double) ? transpose<double>(*p) : transpose<float>(*p);
-    return 0;
-}
 int short_conv_forward(const Forward* p) {
-    return unless_out_of_memory([&] { with_format(p->problem, [&]<class T>() { forward<T>(*p); }); });
+    return unless_out_of_memory([&] {
+        with_format(p->problem, [&]<class T>() { with_taps<StateOf<T>>(*p, forward<T>); });
+    });
 }
 int short_conv_backward(const Backward* p) {
-    return unless_out_of_memory([&] { with_format(p->problem, [&]<class T>() { backward<T>(*p); }); });
+    return unless_out_of_memory([&] {
+        with_format(p->problem, [&]<class T>() { with_taps<StateOf<T>>(*p, backward<T>); });
+    });
 }
 }

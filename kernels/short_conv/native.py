@@ -58,7 +58,7 @@ def forward(
     final_state = x.new_empty((sequences(x, cu_seqlens), weight.shape[1] - 1, x.shape[2]))
     given = _Given(x, weight, bias, initial_state, cu_seqlens)
     fields = given.fields("forward", activation, reverse, config)
-    _function("short_conv_forward", 20)(*fields, y.data_ptr(), final_state.data_ptr())
+    _function("short_conv_forward", 22)(*fields, y.data_ptr(), final_state.data_ptr())
     return y, final_state
 
 
@@ -89,7 +89,7 @@ def backward(
         runs = -(-x.shape[0] * x.shape[1] // RUN["backward"])
         partials = x.new_empty((runs, W + 1, D), dtype=given.taps.dtype)
         sums = torch.empty_like(partials[0])
-    _function("short_conv_backward", 26)(
+    _function("short_conv_backward", 28)(
         *given.fields("backward", activation, reverse, config),
         address(dy),
         *((0, 0) if dy is None else dy.stride()[:2]),
@@ -115,13 +115,13 @@ class _Given:
     ) -> None:
         sums = state_dtype(x.dtype)
         self.x = side_by_side(x)
-        # [W, D]
-        self.taps = _transposed(weight.to(sums))
+        # [D, W], with any strides
+        self.taps = weight if weight.dtype == sums else weight.to(sums)
         self.bias = None if bias is None else bias.to(sums).contiguous()
         self.initial_state, self.cu_seqlens = contiguous(initial_state), bounds(cu_seqlens)
 
     def fields(self, direction: str, activation: str, reverse: bool, config: Mapping[str, int]) -> tuple[int, ...]:
-        """The fields of native.cpp's Problem."""
+        """The fields of native.cpp's Problem, and the strides of its taps."""
         x = self.x
         batch, rows, columns = x.shape
         numbers = batch * rows * columns
@@ -131,7 +131,7 @@ class _Given:
             sequences(x, self.cu_seqlens),
             rows,
             columns,
-            self.taps.shape[0],
+            self.taps.shape[1],
             reverse,
             activation == "silu",
             DTYPES[x.dtype],
@@ -144,12 +144,5 @@ class _Given:
             self.taps.data_ptr(),
             address(self.bias),
             address(self.initial_state),
+            *self.taps.stride(),
         )
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    """[W, D], contiguous. torch's own copy takes longer than the convolution of one token."""
-    taps = weight.new_empty(weight.shape[::-1])
-    sizes = *weight.stride(), *weight.shape, weight.element_size()
-    _function("short_conv_transpose", 7)(weight.data_ptr(), *sizes, taps.data_ptr())
-    return taps
