@@ -65,17 +65,63 @@ Block block_of(const Problem& p, int64_t i) {
 
 namespace {
 
+// Lane 0, 1, ... of a and of b in turn; HIGH: of their upper halves.
+template <bool HIGH, class V, int... I>
+INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
+    constexpr int W = sizeof...(I), first = HIGH ? W / 2 : 0;
+    return __builtin_shufflevector(a, b, first + I / 2 + I % 2 * W...);
+}
+
+// Of W rows of W lanes the columns. Rows i and i + W / 2 interleaved are rows 2 i and 2 i + 1 of the next stage: each
+// stage moves a bit of the row's number to the lane's, and the other way round.
+template <class S, int W = kLanes<S>>
+INLINE void transpose(Lanes<S> (&rows)[W]) {
+    constexpr std::make_integer_sequence<int, W> all;
+    UNROLL
+    for (int stage = 1; stage < W; stage *= 2) {
+        Lanes<S> next[W];
+        UNROLL
+        for (int i = 0; i < W / 2; ++i) {
+            next[2 * i] = interleave<false>(rows[i], rows[i + W / 2], all);
+            next[2 * i + 1] = interleave<true>(rows[i], rows[i + W / 2], all);
+        }
+        UNROLL
+        for (int i = 0; i < W; ++i) rows[i] = next[i];
+    }
+}
+
 // [channels, states] as [states, width], with zeros for channels that there are not; and back.
 template <class S>
 OUTLINE void transpose_in(const S* from, int64_t channels, int64_t states, int64_t width, S* to) {
-    for (int64_t k = 0; k < states; ++k)
-        for (int64_t d = 0; d < width; ++d) to[k * width + d] = from && d < channels ? from[d * states + k] : S(0);
+    constexpr int W = kLanes<S>;
+    if (from == nullptr) return void(std::fill_n(to, states * width, S(0)));
+    for (int64_t d = 0; d < width; d += W)
+        for (int64_t k = 0; k < states; k += W) {
+            Lanes<S> rows[W];
+            UNROLL
+            for (int i = 0; i < W; ++i)
+                rows[i] = load_some(from + (d + i) * states + k, d + i < channels ? states - k : 0);
+            transpose<S>(rows);
+            UNROLL
+            for (int i = 0; i < W; ++i)
+                if (k + i < states) store(to + (k + i) * width + d, rows[i]);
+        }
 }
 
-template <class S, class From>
-OUTLINE void transpose_out(const From* from, int64_t channels, int64_t states, int64_t width, S* to) {
-    for (int64_t d = 0; d < channels; ++d)
-        for (int64_t k = 0; k < states; ++k) to[d * states + k] = S(from[k * width + d]);
+template <class S>
+OUTLINE void transpose_out(const S* from, int64_t channels, int64_t states, int64_t width, S* to) {
+    constexpr int W = kLanes<S>;
+    for (int64_t d = 0; d < channels; d += W)
+        for (int64_t k = 0; k < states; k += W) {
+            Lanes<S> rows[W];
+            UNROLL
+            for (int i = 0; i < W; ++i)
+                rows[i] = load_some(from + (k + i) * width + d, k + i < states ? W : 0);
+            transpose<S>(rows);
+            UNROLL
+            for (int i = 0; i < W; ++i)
+                if (d + i < channels) store_some(to + (d + i) * states + k, rows[i], states - k);
+        }
 }
 
 // One row's numbers of a block, a vector of channels each.

@@ -109,7 +109,10 @@ void backward_block(const Backward& b, const Block& t, S* scratch, S* before) {
         for (int64_t i = 0; i < size; ++i) dA_total[i] += dA[i];
     }
     if (b.dinitial_state) transpose_out(carry, n, K, width, static_cast<S*>(b.dinitial_state) + state);
-    if (b.dA) transpose_out(dA_total, n, K, width, static_cast<S*>(b.dA_parts) + state);
+    if (b.dA) {
+        std::copy_n(dA_total, size, dA);
+        transpose_out(dA, n, K, width, static_cast<S*>(b.dA_parts) + state);
+    }
     if (b.dD) dD.write(static_cast<S*>(b.dD_parts) + t.sequence * p.channels + t.channel, n);
 }
 
