@@ -149,6 +149,11 @@ def gla_gradients(
     _, first, count = chunk_rows(cu_seqlens, chunk, T, N, C)
     index = chunk.to(tl.int64) * H + h
     if count > 0:
+        if DECAYS == 1:
+            # first of all: beside dq and dk registers have no room for it
+            query = load_tile(q, first, count, h, H, K, keys, C)
+            key = load_tile(k, first, count, h, H, K, keys, C)
+            products = tl.dot(query, tl.trans(key), input_precision=EXACT)
         dA = tl.zeros([C, C], tl.float32)
         dquery, dkey = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
         both = tl.zeros([BK], tl.float32)
@@ -165,8 +170,9 @@ def gla_gradients(
                 dquery = tl.dot(out, tl.trans(state), dquery, input_precision=WHOLE)
         dA *= SCALE
         dquery *= SCALE
-        query = load_tile(q, first, count, h, H, K, keys, C)
-        key = load_tile(k, first, count, h, H, K, keys, C)
+        if DECAYS != 1:
+            query = load_tile(q, first, count, h, H, K, keys, C)
+            key = load_tile(k, first, count, h, H, K, keys, C)
         if DECAYS == 2:
             logs = load_logs(log_decay, first, count, h, H, K, keys, C)
             before, after = reach(True, EXCLUSIVE, C), reach(False, False, C)
@@ -199,8 +205,7 @@ def gla_gradients(
                 dlogs += sums(tl.trans(before), tl.sum(query * dquery, 1))
                 dlogs += sums(tl.trans(after), tl.sum(key * dkey, 1))
                 # pairs over i from t on, then over j before t
-                pairs = dpairs * tl.dot(query, tl.trans(key), input_precision=EXACT)
-                pairs = add_up(tl.trans(before), pairs, tl.zeros([C, C], tl.float32), WHOLE)
+                pairs = add_up(tl.trans(before), dpairs * products, tl.zeros([C, C], tl.float32), WHOLE)
                 dlogs += tl.sum(tl.where(tl.trans(after) > 0, pairs, 0.0), 1)
                 store_vector(dlog_decay + block.to(tl.int64) * ROWS * H, first, count, h, H, dlogs, C)
         else:

@@ -22,9 +22,8 @@ BLOCKS = {
     16: {gla_states: (32, 64), gla_outputs: (16, 64), gla_gradients: (32, 32)},
     32: {gla_states: (32, 64), gla_outputs: (16, 64), gla_gradients: (16, 32)},
 }
-# The same of gradients that are `wide`: with twice the warps, which on NVIDIA GPUs share these keys, fewer programs
-# read v and dy
-WIDE = (64, 32)
+# The same of programs that are `wide`, with 256 threads: fewer of them read the same rows
+WIDE = {gla_states: (32, 128), gla_outputs: (16, 128), gla_gradients: (64, 32)}
 # A thread's: without a bound NVIDIA's assembler spills some so that more threads are resident
 REGISTERS = 255
 
@@ -45,7 +44,7 @@ def cannot(problem: Problem) -> list[str]:
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first; none where only the loop over time can run.
 
-    chunk: rows of a chunk. num_warps: of a program; where gradients are `wide` theirs have twice as many.
+    chunk: rows of a chunk. num_warps: of a program; on NVIDIA GPUs those that are `wide` have twice as many.
     """
     if cannot(problem):
         return []
@@ -94,9 +93,7 @@ class Chunks:
             self.narrow = self.whole
         log_decay = self.rows["log_decay"]
         self.decays = 0 if log_decay is None else 1 if log_decay.shape[3] == 1 else 2
-        # the pairs that decays of all keys sum over leave no registers beside the parts of float32's dots
-        room = self.decays != 1 or self.narrow != self.whole
-        self.wide = nvidia and chunk == 32 and self.keys > WIDE[0] // 2 and room
+        self.nvidia = nvidia
 
     def run_forward(self) -> tuple[Tensor, Tensor]:
         """(y [B, T, H, V], final_state [N, H, K, V])"""
@@ -202,11 +199,28 @@ class Chunks:
         programs = self.chunks * self.heads * -(-self.values // arguments["BV"])
         return self._launch(gla_outputs, programs, arguments)
 
+    def wide(self, kernel: Any) -> bool:
+        """Do programs share out more keys and values than BLOCKS has? Walks do where a head still has two programs."""
+        enough = self.values > 64
+        if kernel is gla_states:
+            enough = enough and self.keys > 32
+        elif kernel is gla_gradients:
+            enough = self.keys > 32
+        return enough and self.config["chunk"] == 32
+
     def blocks(self, kernel: Any) -> dict[str, int]:
         """Keys and values that a program has at a time, at least the 16 that tl.dot takes."""
         widths, most = (self.keys, self.values), BLOCKS[self.config["chunk"]][kernel]
-        if kernel is gla_gradients and self.wide:
-            most = WIDE
+        if self.wide(kernel):
+            most = WIDE[kernel]
+            if kernel is gla_states and self.decays < 2:
+                # beside one decay for all keys or none there are only k and v to read
+                most = (64, 64)
+            elif kernel is gla_gradients and self.decays == 1:
+                # registers have room for no more beside the products of q and k
+                most = (64, 16)
+            elif kernel is gla_gradients and self.decays == 2 and not self.nvidia:
+                most = (32, 32)
         BK, BV = (min(max(triton.next_power_of_2(width), 16), limit) for width, limit in zip(widths, most))
         return {"BK": BK, "BV": BV}
 
@@ -230,7 +244,7 @@ class Chunks:
             kernel,
             programs,
             given | arguments,
-            self.config["num_warps"] * (2 if kernel is gla_gradients and self.wide else 1),
+            self.config["num_warps"] * (2 if self.nvidia and self.wide(kernel) else 1),
             num_stages=1,
             registers=REGISTERS,
             steps=steps,

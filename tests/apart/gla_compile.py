@@ -16,10 +16,10 @@ FLOAT64, FLOAT32, BFLOAT16 = torch.float64, torch.float32, torch.bfloat16
 
 def check(
     target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64, *, chunks: bool = False,
-    **facts: Any,
+    values: int = 64, **facts: Any,
 ) -> None:  # fmt: skip
     """No spills, and an eighth of the warps resident. config: among those in chunks or among the loops over time."""
-    sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": 64, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
+    sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": values, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
     plain = {"scale": 0.125, "log_decay": True, "initial_state": True, "bonus": False, "packed": False}
     options = {**plain, **facts}
     if options["packed"]:
@@ -50,6 +50,8 @@ def test_gradients_in_chunks() -> None:
 def test_chunks(direction: str, dtype: torch.dtype, config: int, target: str) -> None:
     check(target, direction, config, dtype, chunks=True)
     check(target, direction, config, dtype, 128, chunks=True, packed=True, bonus=True)
+    check(target, direction, config, dtype, 128, chunks=True, values=128)
+    check(target, direction, config, dtype, 128, chunks=True, values=128, per_key=False, bonus=True)
     check(target, direction, config, dtype, chunks=True, per_key=False, bonus=True)
     check(target, direction, config, dtype, chunks=True, log_decay=False)
 
