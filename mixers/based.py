@@ -14,6 +14,7 @@ from mixers.attention import Attention
 from mixers.heads import heads_for, split
 from mixers.linear_attention import attend
 from mixers.mixer import SequenceMixer
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -83,13 +84,13 @@ class Based(SequenceMixer):
         return state
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split(row, self.heads) for row in project(x, self.q_proj, self.k_proj, self.v_proj))
         if can_step(q, state["S"], cu_seqlens, self.backend, k, v):
             y, S = step(q, k, v, state["S"], scale=1.0, eps=self.EPS)
         else:
             q, k = taylor(torch.stack([q, k])).unbind()
             y, S = attend(q, k, v, state["S"], True, cu_seqlens, self.backend, eps=self.EPS)
-        y, after = self.o_proj(y.flatten(-2)), {"S": S}
+        (y,), after = project(y.flatten(-2), self.o_proj), {"S": S}
         if self.window is not None:
             near, after["window"] = self.window.mix(x, state["window"], cu_seqlens)
             y = y + near

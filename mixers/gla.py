@@ -13,6 +13,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import cast
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -84,8 +85,9 @@ class GLA(SequenceMixer):
         return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v, decay = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj, self.decay_proj))
+        gate = () if self.g_proj is None else (self.g_proj,)
+        q, k, v, *g = project(x, self.q_proj, self.k_proj, self.v_proj, *gate)
+        q, k, v, decay = (split(row, self.heads) for row in (q, k, v, self.decay_proj(x)))
         log_decay = F.logsigmoid(cast(decay, state_dtype(decay.dtype))) / self.temperature
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
-        y = self.norm(y, None if self.g_proj is None else self.g_proj(x))
-        return self.o_proj(y), {"S": S}
+        return project(self.norm(y, *g), self.o_proj)[0], {"S": S}

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.step import can_step, slot_step
 from kernels.gla.transposed import gla_transposed
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import cast
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -78,15 +80,25 @@ class GSA(SequenceMixer):
         return {"K": K, "V": K.clone()}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v = (split(F.silu(p(x)), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        f = split(self.f_proj(x), self.heads)
+        rows = project(x, self.q_proj, self.k_proj, self.v_proj, self.f_proj)
+        q, k, v, f = (split(row, self.heads) for row in rows)
+        if can_step(q, state["K"], cu_seqlens, self.backend, k, v, f, state["V"]):
+            o, K, V = slot_step(q, k, v, f, state["K"], state["V"], temperature=self.temperature)
+        else:
+            o, K, V = self._read(q, k, v, f, state, cu_seqlens)
+        return project(self.norm(o, o), self.o_proj)[0], {"K": K, "V": V}
+
+    def _read(
+        self, q: Tensor, k: Tensor, v: Tensor, f: Tensor, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """o [B, T, dim], and the last K and V [N, H, M, dim / H]."""
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
         log_decay = F.logsigmoid(cast(f, state_dtype(f.dtype))) / self.temperature
         written = cast(-torch.expm1(log_decay), v.dtype)
         seen, K = self._keys(q, k, written, log_decay, state["K"], cu_seqlens)
         shares = cast(cast(seen, log_decay.dtype).softmax(-1), v.dtype)
         y, V = gla(shares, written, v, log_decay, state["V"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
-        o = y.flatten(-2)
-        return self.o_proj(self.norm(o, o)), {"K": K, "V": V}
+        return y.flatten(-2), K, V
 
     def _keys(
         self, q: Tensor, k: Tensor, written: Tensor, log_decay: Tensor, K: Tensor, cu_seqlens: Tensor | None

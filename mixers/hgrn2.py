@@ -14,6 +14,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import LowerBounded, cast
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -69,11 +70,11 @@ class HGRN2(LowerBounded, SequenceMixer):
         return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, v = F.silu(self.q_proj(x)), self.i_proj(x)
-        log_decay, k = self.gates(self.f_proj(x))
-        q, k, v, log_decay = (split(t, self.heads) for t in (q, cast(k, v.dtype), v, log_decay))
+        q, v, f = project(x, self.q_proj, self.i_proj, self.f_proj)
+        log_decay, k = self.gates(f)
+        q, k, v, log_decay = (split(t, self.heads) for t in (F.silu(q), cast(k, v.dtype), v, log_decay))
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.o_proj(self.norm(y.flatten(-2))), {"S": S}
+        return project(self.norm(y.flatten(-2)), self.o_proj)[0], {"S": S}
 
     def gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """log f and 1 − f [B, T, dim], in float32 or wider."""

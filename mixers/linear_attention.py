@@ -15,6 +15,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import choice
+from mixers.projections import project
 from mixers.registry import register
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -90,11 +91,11 @@ class LinearAttention(SequenceMixer):
         return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split(row, self.heads) for row in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = self.features(q), self.features(k)
         y, S = attend(q, k, v, state["S"], self.normalize, cu_seqlens, self.backend)
         y = y.flatten(-2) if self.norm is None else self.norm(y)
-        return self.o_proj(y), {"S": S}
+        return project(y, self.o_proj)[0], {"S": S}
 
 
 def attend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.step import can_step, space_step
 from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import cast
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -95,19 +98,36 @@ class Mamba2(SequenceMixer):
         return {"S": torch.zeros(shape, device=device, dtype=state_dtype(dtype)), "conv": conv}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        z, u, dt = self.in_proj(x).split_with_sizes([self.inner, self.conv.shape[0], self.heads], -1)
+        z, u, dt = project(x, self.in_proj)[0].split_with_sizes([self.inner, self.conv.shape[0], self.heads], -1)
         bias = None if self.conv_bias is None else cast(self.conv_bias, u.dtype)
         u, conv = short_conv(
             u, cast(self.conv, u.dtype), bias, cast(state["conv"], u.dtype), activation="silu", cu_seqlens=cu_seqlens
         )
-        keys = self.groups * self.state_dim
-        v, kq = u.split_with_sizes([self.inner, 2 * keys], -1)
-        k, q = split(kq, 2 * self.groups).repeat_interleave(self.heads // self.groups, 2).chunk(2, 2)
-        wide, v = state_dtype(x.dtype), split(v, self.heads)
-        dt = F.softplus(cast(dt, wide) + cast(self.dt_bias, wide))
-        log_decay = -cast(self.A_log, wide).exp() * dt
-        inputs = cast(dt.unsqueeze(-1) * cast(v, wide), v.dtype)
-        y, S = gla(q, k, inputs, log_decay, state["S"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
-        y = torch.addcmul(y, cast(self.D, y.dtype).unsqueeze(-1), v)
+        v, kq = u.split_with_sizes([self.inner, 2 * self.groups * self.state_dim], -1)
+        v, (k, q) = split(v, self.heads), split(kq, 2 * self.groups).chunk(2, 2)
+        wide = state_dtype(x.dtype)
+        parameters = [cast(p, wide) for p in (self.dt_bias, self.A_log, self.D)]
+        if can_step(v, state["S"], cu_seqlens, self.backend, k, q, dt, *parameters):
+            y, S = space_step(q, k, v, dt, state["S"], *parameters)
+        else:
+            y, S = self._recur(q, k, v, dt, state["S"], parameters, cu_seqlens)
         y = self.norm(y.reshape(*x.shape[:2], self.groups, -1), z)
-        return self.out_proj(y), {"S": S, "conv": conv}
+        return project(y, self.out_proj)[0], {"S": S, "conv": conv}
+
+    def _recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dt: Tensor,
+        S: Tensor,
+        parameters: Sequence[Tensor],
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """o [B, T, H, V] and the last S; q, k [B, T, groups, K]."""
+        q, k = (t.repeat_interleave(self.heads // self.groups, 2) for t in (q, k))
+        dt_bias, A_log, D = parameters
+        dt = F.softplus(cast(dt, S.dtype) + dt_bias)
+        inputs = cast(dt.unsqueeze(-1) * cast(v, S.dtype), v.dtype)
+        y, S = gla(q, k, inputs, -A_log.exp() * dt, S, scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
+        return torch.addcmul(y, cast(D, y.dtype).unsqueeze(-1), v), S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kernels.scan import scan
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import cast
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -93,16 +95,22 @@ class MLSTM(SequenceMixer):
         return {"S": S, "m": torch.zeros(batch, self.heads, device=device, dtype=wide)}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        logits = self._logits(x)
-        if can_step(q, state["S"], cu_seqlens, self.backend, k, v, *logits, state["m"]):
-            # a token alone
-            h, S, m = step(
-                q, k, v, state["S"],
-                scale=self.key_width**-0.5, eps=self.EPS, gates=(*logits, state["m"]), cap=self.gate_cap,
-            )  # fmt: skip
-            return self.o_proj(self.norm(h, self.g_proj(x))), {"S": S, "m": m}
-        i, f = (z if self.gate_cap is None else self.gate_cap * torch.tanh(z / self.gate_cap) for z in logits)
+        *qkv, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        q, k, v = (split(row, self.heads) for row in qkv)
+        i, f = self._logits(x)
+        if can_step(q, state["S"], cu_seqlens, self.backend, k, v, i, f, state["m"]):
+            gates, scale = (i, f, state["m"]), self.key_width**-0.5
+            h, S, m = step(q, k, v, state["S"], scale=scale, eps=self.EPS, gates=gates, cap=self.gate_cap)
+        else:
+            h, S, m = self._recur(q, k, v, i, f, state, cu_seqlens)
+        return project(self.norm(h, g), self.o_proj)[0], {"S": S, "m": m}
+
+    def _recur(
+        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, T, H, V], and the last S and m; i and f are the logits of the gates."""
+        if self.gate_cap is not None:
+            i, f = (self.gate_cap * torch.tanh(z / self.gate_cap) for z in (i, f))
         m, log_decay, last = maxima(i, F.logsigmoid(f), state["m"], cu_seqlens)
         k = cast((i - m).exp().unsqueeze(-1) * cast(k, m.dtype), k.dtype)
         # the sum of the keys, n, is what a value of 1 would come to
@@ -113,16 +121,19 @@ class MLSTM(SequenceMixer):
         # e^{-m}, short of infinity, where h is 0 anyway
         floor = (-m.clamp_min(math.log(torch.finfo(m.dtype).tiny))).exp()
         h = h / (torch.maximum(n.abs(), floor.unsqueeze(-1)) + self.EPS)
-        return self.o_proj(self.norm(cast(h, v.dtype), self.g_proj(x))), {"S": S, "m": last}
+        return cast(h, v.dtype), S, last
 
-    def _logits(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _logits(self, x: Tensor) -> Sequence[Tensor]:
         """Of i and f [B, T, H], in float32 or wider under autocast too: they stand in an exponent."""
-        kind, wide = x.device.type, state_dtype(x.dtype)
-        x = cast(x, wide)
+        wide, projections, kind = state_dtype(x.dtype), (self.i_proj, self.f_proj), x.device.type
+        casts = torch.is_autocast_enabled(kind)
+        if x.shape[1] == 1 and x.dtype == wide and not casts:
+            return project(x, *projections)
+        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
         # making the context takes as long as the product of one token
-        exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+        exact = torch.autocast(kind, enabled=False) if casts else contextlib.nullcontext()
         with exact:
-            return tuple(F.linear(x, cast(p.weight, wide), cast(p.bias, wide)) for p in (self.i_proj, self.f_proj))
+            return F.linear(cast(x, wide), cast(weight, wide), cast(bias, wide)).chunk(2, -1)
 
 
 def maxima(i: Tensor, log_f: Tensor, m: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.step import can_step, retention_step
 from kernels.packing import Packing
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import rotate
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -80,14 +83,35 @@ class RetNet(SequenceMixer):
         return {"S": S, "length": torch.zeros(batch, dtype=torch.int64, device=device)}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v = (split(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        positions, length = _positions(x, state["length"], cu_seqlens)
+        *qkv, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        q, k, v = (split(row, self.heads) for row in qkv)
+        if can_step(q, state["S"], cu_seqlens, self.backend, k, v):
+            wide, before = state["S"].dtype, state["length"]
+            y, S = retention_step(
+                q, k, v, state["S"], before, _frequencies(self.key_width // 2, self.rotary_base, wide)
+            )
+            length = before + 1
+        else:
+            y, S, length = self._retain(q, k, v, state, cu_seqlens)
+        return project(self.norm(y, g), self.o_proj)[0], {"S": S, "length": length}
+
+    def _retain(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Any, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y [B, T, H, V], and the last S and lengths."""
+        positions, length = _positions(q, state["length"], cu_seqlens)
         q, k = rotate(q, k, positions, self.rotary_base)
         wide = state["S"].dtype
-        log_decay = torch.log1p(-torch.exp2(torch.arange(-5, -5 - self.heads, -1, device=x.device, dtype=wide)))
-        log_decay = log_decay.expand(*x.shape[:2], -1).contiguous()
+        log_decay = torch.log1p(-torch.exp2(torch.arange(-5, -5 - self.heads, -1, device=q.device, dtype=wide)))
+        log_decay = log_decay.expand(*q.shape[:2], -1).contiguous()
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.o_proj(self.norm(y, self.g_proj(x))), {"S": S, "length": length}
+        return y, S, length
+
+
+@functools.cache
+def _frequencies(half: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Those of `rotate`, on the CPU."""
+    return base ** (torch.arange(0, -half, -1, device="cpu", dtype=dtype) / half)
 
 
 def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

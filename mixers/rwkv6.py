@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.step import can_step, shift_step
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import cast
+from mixers.projections import project
 from mixers.registry import register
 
 # The inputs that are mixed with the token before, each with shares of its own
@@ -96,16 +98,23 @@ class RWKV6(SequenceMixer):
         wide = state_dtype(x.dtype)
         x = cast(x, activation_dtype(x))
         before, last = previous(x, state["last"], cu_seqlens)
-        w, k, v, r, g = self.shifted(x, before - x)
-        down, up = cast(self.decay_down, x.dtype), cast(self.decay_up, x.dtype)
-        decay = cast(self.decay, wide) + cast(torch.tanh(w @ down) @ up, wide)
-        log_decay = split(-decay.clamp_max(self.MOST).exp(), self.heads)
-        k, v, r = (split(t, self.heads) for t in (self.k_proj(k), self.v_proj(v), self.r_proj(r)))
+        shares = self.mu, self.mu_down, self.mu_up, self.mu_inputs
+        decay = self.decay, self.decay_down, self.decay_up
+        known = (before, *shares, *decay)
+        if can_step(x, state["S"], cu_seqlens, self.backend, *known) and all(t.dtype == x.dtype for t in known):
+            mixed, log_decay = shift_step(x, before, shares, decay, most=self.MOST)
+            _, k, v, r, g = mixed.unbind()
+        else:
+            w, k, v, r, g = self.shifted(x, before - x)
+            log_decay = self.log_decays(w)
+        projections = (self.k_proj, k), (self.v_proj, v), (self.r_proj, r), (self.g_proj, g)
+        k, v, r, g = (project(t, p)[0] for p, t in projections)
+        k, v, r, log_decay = (split(t, self.heads) for t in (k, v, r, log_decay))
         y, S = gla(
             r, k, v, log_decay, state["S"],
             bonus=cast(self.bonus, wide), scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
-        return self.o_proj(self.norm(y, self.g_proj(g))), {"S": S, "last": last}
+        return project(self.norm(y, g), self.o_proj)[0], {"S": S, "last": last}
 
     def shifted(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """x plus shares of delta, one [B, T, dim] for each of INPUTS."""
@@ -114,3 +123,9 @@ class RWKV6(SequenceMixer):
         down = split(down, len(INPUTS)).flatten(0, 1).transpose(0, 1)
         shares = torch.baddbmm(cast(self.mu_inputs, x.dtype).unsqueeze(1), down, cast(self.mu_up, x.dtype))
         return torch.addcmul(x, delta, shares.view(-1, *x.shape)).unbind()
+
+    def log_decays(self, w: Tensor) -> Tensor:
+        """log w [B, T, dim] in float32 or wider."""
+        low = torch.tanh(w @ cast(self.decay_down, w.dtype)) @ cast(self.decay_up, w.dtype)
+        wide = state_dtype(w.dtype)
+        return -(cast(self.decay, wide) + cast(low, wide)).clamp_max(self.MOST).exp()

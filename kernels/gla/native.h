@@ -84,3 +84,38 @@ INLINE S dot_of_three(const S* a, const S* b, const S* c, int64_t n) {
         total = multiply_add(load<W>(a + i) * load_some(b + i, n - i), load<W>(c + i), total);
     return sum(total);
 }
+
+// y += (S')ᵀ q for S' = diag(decay) S + k vᵀ, or with a bonus (EXCLUSIVE) for S, over the rows of a chunk: kTile keys,
+// of which there are `keys`, and N vectors of columns, of which there are `columns`. q, k, decay [rows, width] from the
+// first of the keys; v, y [rows, stride]; from, to [keys, V] may be the same, `from` null: zeros.
+template <class S, int N, bool EXCLUSIVE>
+void forward_tile(int64_t rows, const S* q, const S* k, const S* decay, int64_t width, const S* v, S* y, int64_t stride,
+                  const S* from, S* to, int64_t V, int64_t keys, int64_t columns) {
+    constexpr int W = kLanes<S>;
+    Lanes<S> state[kTile][N];
+    UNROLL
+    for (int i = 0; i < kTile; ++i) {
+        UNROLL
+        for (int n = 0; n < N; ++n)
+            state[i][n] = from && i < keys ? load_some(from + i * V + n * W, columns - n * W) : Lanes<S>{};
+    }
+    for (int64_t t = 0; t < rows; ++t, q += width, k += width, decay += width, v += stride, y += stride) {
+        UNROLL
+        for (int n = 0; n < N; ++n) {
+            auto value = load<W>(v + n * W), out = load<W>(y + n * W);
+            UNROLL
+            for (int i = 0; i < kTile; ++i) {
+                if constexpr (EXCLUSIVE) out = multiply_add(all(q[i]), state[i][n], out);
+                state[i][n] = multiply_add(all(decay[i]), state[i][n], all(k[i]) * value);
+                if constexpr (!EXCLUSIVE) out = multiply_add(all(q[i]), state[i][n], out);
+            }
+            store(y + n * W, out);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < kTile; ++i) {
+        if (i >= keys) break;
+        UNROLL
+        for (int n = 0; n < N; ++n) store_some(to + i * V + n * W, state[i][n], columns - n * W);
+    }
+}

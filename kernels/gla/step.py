@@ -1,4 +1,4 @@
-"""One token of normalised linear attention in C++ for CPUs, with what stands around its recurrence. See native_step.h.
+"""One token of layers that are made of gla, in C++ for CPUs, with what stands around the recurrence. See step.cpp.
 
 For one token every call costs more than its numbers: here features, gates, recurrence and division are one call. It has
 no gradient, and nobody can watch it: where `can_step` says no, the same is made of gla.
@@ -7,16 +7,18 @@ no gradient, and nobody can watch it: where `can_step` says no, the same is made
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.gla.native import SERIAL_SIZE, SOURCE
+from kernels.gla.native import SERIAL_SIZE
 from kernels.memory import DTYPES, address, columns_together, contiguous, heads
 from kernels.problem import state_dtype
 from kernels.registration import needs_gradient, plain, watched
 
+SOURCE = Path(__file__).with_suffix(".cpp")
 _function = jit_cpp.functions(SOURCE)
 
 
@@ -84,3 +86,135 @@ def step(
         address(last),
     )
     return (y, final_state) if last is None else (y, final_state, last)
+
+
+def slot_step(
+    q: Tensor, k: Tensor, v: Tensor, f: Tensor, keys: Tensor, values: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [B, 1, H · D] in v's dtype, keys', values') of one token of each sequence in gated slot attention.
+
+        keys' = diag(α) keys + (1 − α) kᵀ,   values' = diag(α) values + (1 − α) vᵀ,   y = values'ᵀ softmax(keys' q)
+
+    with SiLU of q, k, v [B, 1, H, D], and log α = log σ(f) / temperature, f [B, 1, H, M]; keys, values [B, H, M, D] in
+    the state dtype.
+    """
+    q, k, v, f = (columns_together(x) for x in (q, k, v, f))
+    keys, values = contiguous(keys), contiguous(values)
+    y = v.new_empty((v.shape[0], 1, v.shape[2] * v.shape[3]))
+    final_keys, final_values = torch.empty_like(keys), torch.empty_like(values)
+    _function("gla_slot_step", "6qd21q")(
+        *keys.shape,
+        DTYPES[q.dtype],
+        torch.get_num_threads() if keys.numel() >= SERIAL_SIZE else 1,
+        temperature,
+        *heads(q),
+        *heads(k),
+        *heads(v),
+        *heads(f),
+        keys.data_ptr(),
+        values.data_ptr(),
+        y.data_ptr(),
+        final_keys.data_ptr(),
+        final_values.data_ptr(),
+    )
+    return y, final_keys, final_values
+
+
+def shift_step(
+    x: Tensor,
+    before: Tensor,
+    shares: tuple[Tensor, Tensor, Tensor, Tensor],
+    decay: tuple[Tensor, Tensor, Tensor],
+    *,
+    most: float,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-6's inputs [J, B, 1, D], mixed with the token before, and log decays [B, 1, D] in the state dtype.
+
+        δ = before − x,   s = tanh((x + δ ⊙ μ) A),   mixed_j = x + δ ⊙ (μ_j + s_j B_j)
+        log_decay = −exp(min(ω + tanh(mixed_0 C) D, most))
+
+    Args:
+        x, before: [B, 1, D], the token and the one before it.
+        shares: μ [D], A [D, J · rank], B [J, rank, D] and the μ_j [J, D], in x's dtype as all that is given.
+        decay: ω [D], C [D, decay_rank] and D [decay_rank, D].
+    """
+    given = [t.contiguous() for t in (x, before, *shares, *decay)]
+    (batch, _, dim), (inputs, rank, _) = x.shape, shares[2].shape
+    mixed = x.new_empty((inputs, batch, 1, dim))
+    log_decay = x.new_empty((batch, 1, dim), dtype=state_dtype(x.dtype))
+    _function("gla_shift_step", "6qd11q")(
+        batch,
+        dim,
+        inputs,
+        rank,
+        decay[2].shape[0],
+        DTYPES[x.dtype],
+        most,
+        *[t.data_ptr() for t in given],
+        mixed.data_ptr(),
+        log_decay.data_ptr(),
+    )
+    return mixed, log_decay
+
+
+def retention_step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, position: Tensor, frequency: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(y [B, 1, H, V] in v's dtype, final_state) of one token of each sequence in RetNet's retention.
+
+        S' = (1 − 2^(−5 − h)) S + R k vᵀ,   y = S'ᵀ R q / √K,   head by head
+
+    R rotates the halves of q, k [B, 1, H, K] by position [B] times frequency [K // 2], which is in the state dtype.
+    """
+    q, k, v, state = columns_together(q), columns_together(k), columns_together(v), contiguous(state)
+    y, final_state = torch.empty_like(v, memory_format=torch.contiguous_format), pool.empty_like(state)
+    _function("gla_retention_step", "6qd17q")(
+        *state.shape,
+        DTYPES[q.dtype],
+        torch.get_num_threads() if state.numel() >= SERIAL_SIZE else 1,
+        state.shape[2] ** -0.5,
+        *heads(q),
+        *heads(k),
+        *heads(v),
+        contiguous(position).data_ptr(),
+        frequency.data_ptr(),
+        state.data_ptr(),
+        y.data_ptr(),
+        final_state.data_ptr(),
+    )
+    return y, final_state
+
+
+def space_step(
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, state: Tensor, bias: Tensor, A_log: Tensor, D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(y [B, 1, H, V] in v's dtype, final_state) of one token of each sequence in Mamba-2's state space.
+
+        Δ = softplus(dt + bias),   S' = exp(−Δ e^A_log) S + Δ k vᵀ,   y = S'ᵀ q + D v,   head by head
+
+    q, k [B, 1, G, K] are shared by H / G heads each; v [B, 1, H, V], dt [B, 1, H]; bias, A_log and D [H] in the
+    state dtype.
+    """
+    q, k, v = columns_together(q), columns_together(k), columns_together(v)
+    state, *parameters = (contiguous(t) for t in (state, bias, A_log, D))
+    y, final_state = torch.empty_like(v, memory_format=torch.contiguous_format), pool.empty_like(state)
+    batch, H, K, V = state.shape
+    _function("gla_space_step", "29q")(
+        batch,
+        H,
+        q.shape[2],
+        K,
+        V,
+        DTYPES[q.dtype],
+        torch.get_num_threads() if state.numel() >= SERIAL_SIZE else 1,
+        *heads(q),
+        *heads(k),
+        *heads(v),
+        dt.data_ptr(),
+        *dt.stride(),
+        *[t.data_ptr() for t in parameters],
+        state.data_ptr(),
+        y.data_ptr(),
+        final_state.data_ptr(),
+    )
+    return y, final_state

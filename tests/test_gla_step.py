@@ -1,0 +1,74 @@
+"""One token in one native call is what the layer's ops make of it, and only where nobody wants a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import mixers
+from kernels import jit_cpp
+from kernels.gla import step
+from mixers.state import leaves
+
+pytestmark = pytest.mark.skipif(jit_cpp.reason(step.SOURCE) is not None, reason="no C++ compiler")
+
+# 16-bit layers round what stands between their ops
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+LAYERS: dict[str, dict[str, Any]] = {
+    "based": {"heads": 3, "feature_dim": 5, "window": None},
+    "linear_attention": {"heads": 3},
+    "mlstm": {"heads": 3, "gate_cap": None},
+    "gsa": {"heads": 3, "slots": 5},
+    "rwkv6": {"heads": 3, "rank": 5, "decay_rank": 7, "depth": 0.5},
+    "retnet": {"heads": 3, "expand_v": 1.0},
+    "mamba2": {"heads": 6, "groups": 3, "state_dim": 5},
+}
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The native functions that were called."""
+    calls: list[str] = []
+    real = step._function
+
+    def counting(name: str, fields: int | str) -> Callable[..., None]:
+        calls.append(name)
+        return real(name, fields)
+
+    monkeypatch.setattr(step, "_function", counting)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_token_alone(name: str, dtype: torch.dtype, native: list[str]) -> None:
+    torch.manual_seed(0)
+    mixer = mixers.build(name, 30, **LAYERS[name]).to(dtype)
+    # every other number, so that nothing lies side by side
+    x = torch.randn(2, 5, 2 * mixer.dim).to(dtype)[..., ::2]
+    with torch.no_grad():
+        _, state = mixer(x[:, :4])
+        assert not native
+        before = [leaf.clone() for leaf in leaves(state)]
+        y, after = mixer(x[:, 4:], state)
+    assert len(native) == 1
+    assert all(map(torch.equal, before, leaves(state)))
+    expected, expected_after = mixer(x[:, 4:], state)
+    assert len(native) == 1
+    assert expected.requires_grad
+    for found, right in zip((y, *leaves(after)), (expected, *leaves(expected_after)), strict=True):
+        assert found.dtype == right.dtype
+        assert found.is_contiguous()
+        error = (found - right).abs().max()
+        assert error <= TOLERANCES[dtype] * right.abs().max()
+
+
+@torch.no_grad()
+def test_another_backend_is_asked(native: list[str]) -> None:
+    for name, options in LAYERS.items():
+        mixer = mixers.build(name, 24, **options, backend="naive")
+        mixer(torch.randn(1, 1, 24))
+    assert not native
