@@ -14,6 +14,7 @@ from kernels.packing import Packing
 from mixers.heads import split
 from mixers.mixer import SequenceMixer
 from mixers.parts import rotate
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -115,7 +116,7 @@ class Attention(SequenceMixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q [B, T, H, K], and the rows [B, T, ...] that are cached, in the order of `cached`."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         return split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
 
     def attend(self, q: Tensor, rows: Sequence[Tensor], starts: Tensor | None = None, **options: Any) -> Tensor:
@@ -125,7 +126,7 @@ class Attention(SequenceMixer):
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output, from what its heads have made of x."""
-        return self.o_proj(y.flatten(-2))
+        return project(y.flatten(-2), self.o_proj)[0]
 
     def _continue(
         self, q: Tensor, rows: Sequence[Tensor], state: dict[str, Tensor]

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 
 from kernels.delta_rule import delta_rule
-from kernels.delta_rule.step import can_read, can_step, step
+from kernels.delta_rule.step import SOURCE, step
 from kernels.gated_norm import gated_norm
+from kernels.lone import alone, readable
 from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.heads import GatedNorm, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import cast
+from mixers.projections import project, untouched
 
 
 class DeltaMixer(SequenceMixer):
@@ -51,29 +52,33 @@ class DeltaMixer(SequenceMixer):
         return {"S": S, **self.qkv.init_state(batch, device, dtype)}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        decay_proj, g_proj, A_log, dt_bias = self.decay_proj, self.g_proj, self.A_log, self.dt_bias
-        beta = self.beta_proj(x)
-        decay = None if decay_proj is None else decay_proj(x)
-        gate = None if g_proj is None else g_proj(x)
-        if (
-            can_step(x, cu_seqlens, self.backend)
-            and untouched(self.qkv, ConvolvedQKV)
-            and untouched(self.norm, GatedNorm)
-        ):
-            qkv, norm, conv = self.qkv, self.norm, state.get("conv")
-            kept = state["S"], conv, qkv.conv_weight, qkv.conv_bias, A_log, dt_bias, norm.weight
-            if can_read(x, *kept):
-                y, S, conv = step(
-                    qkv.proj(x), beta, decay, gate, *kept,
-                    heads=qkv.heads, largest_beta=self.largest_beta, sigmoid=norm.activation == "sigmoid", eps=norm.eps,
-                )  # fmt: skip
-                return self.o_proj(y), {"S": S} if conv is None else {"S": S, "conv": conv}
-        q, k, v, after = self.qkv(x, state, cu_seqlens)
-        log_decay = None if decay is None or A_log is None or dt_bias is None else log_decays(decay, A_log, dt_bias)
-        y, S = delta_rule(
-            q, k, v, rates(beta, self.largest_beta), log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend
-        )
-        return self.o_proj(self.norm(y, gate)), {"S": S, **after}
+        maps = self.beta_proj, self.decay_proj, self.g_proj
+        if (kept := self._alone(x, state, cu_seqlens)) is not None:
+            qkv, beta, decay, gate = project(x, self.qkv.proj, *maps)
+            y, S, conv = step(
+                qkv, beta, decay, gate, *kept, heads=self.qkv.heads, largest_beta=self.largest_beta,
+                sigmoid=self.norm.activation == "sigmoid", eps=self.norm.eps,
+            )  # fmt: skip
+            after = {} if conv is None else {"conv": conv}
+        else:
+            beta, decay, gate = project(x, *maps)
+            q, k, v, after = self.qkv(x, state, cu_seqlens)
+            beta, log_decay = rates(beta, self.largest_beta), None
+            if self.A_log is not None and self.dt_bias is not None:
+                log_decay = log_decays(decay, self.A_log, self.dt_bias)
+            y, S = delta_rule(q, k, v, beta, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
+            y = self.norm(y, gate)
+        return project(y, self.o_proj)[0], {"S": S, **after}
+
+    def _alone(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Any, ...] | None:
+        """What `step` reads beside the projections, if it may take the place of the modules and ops."""
+        qkv, norm = self.qkv, self.norm
+        if not alone(x, cu_seqlens, self.backend, SOURCE) or not untouched(qkv, ConvolvedQKV):
+            return None
+        others = state.get("conv"), qkv.conv_weight, qkv.conv_bias, self.A_log, self.dt_bias, norm.weight
+        if not untouched(norm, GatedNorm) or not readable(x, others, (state["S"],)):
+            return None
+        return state["S"], *others
 
 
 class ConvolvedQKV(nn.Module):
@@ -162,10 +167,3 @@ def log_decays(x: Tensor, A_log: Tensor, bias: Tensor) -> Tensor:
     wide = state_dtype(x.dtype)
     A, times = cast(A_log, wide).exp(), F.softplus(cast(x, wide) + cast(bias, wide))
     return -A * times if A.shape == bias.shape else -A.unsqueeze(-1) * split(times, A.shape[0])
-
-
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Is it of just this kind, and would nobody miss its call?"""
-    own = module.__dict__
-    waiting = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    return type(module) is kind and not (waiting or modules._global_forward_hooks or modules._global_forward_pre_hooks)

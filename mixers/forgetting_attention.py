@@ -13,6 +13,7 @@ from kernels.attention import attention
 from kernels.problem import state_dtype
 from mixers.attention import Attention
 from mixers.heads import GatedNorm, split
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -91,7 +92,7 @@ class ForgettingAttention(Attention):
         q, k, v = super().project(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = split(self.q_norm(q), self.heads), split(self.k_norm(k), self.kv_heads)
-        return q, k, v, F.logsigmoid(self.f_proj(x).to(state_dtype(v.dtype)))
+        return q, k, v, F.logsigmoid(project(x, self.f_proj)[0].to(state_dtype(v.dtype)))
 
     def attend(self, q: Tensor, rows: Sequence[Tensor], starts: Tensor | None = None, **options: Any) -> Tensor:
         k, v, log_decay = rows
@@ -99,7 +100,7 @@ class ForgettingAttention(Attention):
         return attention(q, k, v, starts, **given)
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
-        gate = None if self.g_proj is None else self.g_proj(x)
+        (gate,) = project(x, self.g_proj)
         if self.o_norm is not None:
             y = split(self.o_norm(y, gate), self.heads)
         elif gate is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.short_conv import short_conv
 from mixers.mixer import SequenceMixer
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -55,10 +56,10 @@ class GatedConv(SequenceMixer):
         return {"conv": torch.zeros(batch, self.short_conv - 1, self.dim, device=device, dtype=dtype)}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        b, c, u = self.in_proj(x).chunk(3, -1)
+        b, c, u = project(x, self.in_proj)[0].chunk(3, -1)
         inputs = b * u
         before = state["conv"].to(inputs.dtype)
         y, after = short_conv(
             inputs, self.conv_weight, self.conv_bias, before, cu_seqlens=cu_seqlens, backend=self.backend
         )
-        return self.out_proj(c * y), {"conv": after}
+        return project(c * y, self.out_proj)[0], {"conv": after}

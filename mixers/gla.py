@@ -85,9 +85,8 @@ class GLA(SequenceMixer):
         return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        gate = () if self.g_proj is None else (self.g_proj,)
-        q, k, v, *g = project(x, self.q_proj, self.k_proj, self.v_proj, *gate)
-        q, k, v, decay = (split(row, self.heads) for row in (q, k, v, self.decay_proj(x)))
+        *qkv, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.decay_proj, self.g_proj)
+        q, k, v, decay = (split(row, self.heads) for row in qkv)
         log_decay = F.logsigmoid(cast(decay, state_dtype(decay.dtype))) / self.temperature
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
-        return project(self.norm(y, *g), self.o_proj)[0], {"S": S}
+        return project(self.norm(y, g), self.o_proj)[0], {"S": S}

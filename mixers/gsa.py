@@ -82,7 +82,7 @@ class GSA(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         rows = project(x, self.q_proj, self.k_proj, self.v_proj, self.f_proj)
         q, k, v, f = (split(row, self.heads) for row in rows)
-        if can_step(q, state["K"], cu_seqlens, self.backend, k, v, f, state["V"]):
+        if can_step(q, state["K"], cu_seqlens, self.backend, k, v, f, states=(state["V"],)):
             o, K, V = slot_step(q, k, v, f, state["K"], state["V"], temperature=self.temperature)
         else:
             o, K, V = self._read(q, k, v, f, state, cu_seqlens)

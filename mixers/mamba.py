@@ -13,6 +13,7 @@ from kernels.problem import state_dtype
 from kernels.selective_scan import selective_scan
 from kernels.short_conv import short_conv
 from mixers.mixer import SequenceMixer
+from mixers.projections import project
 from mixers.registry import register
 
 
@@ -96,12 +97,12 @@ class Mamba(SequenceMixer):
         }
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        u, z = self.in_proj(x).chunk(2, -1)
+        u, z = project(x, self.in_proj)[0].chunk(2, -1)
         before = state["conv"].to(u.dtype)
         v, last = short_conv(u, self.conv_weight, self.conv_bias, before, activation="silu", cu_seqlens=cu_seqlens)
-        low_rank, B, C = self.x_proj(v).split((self.dt_rank, self.states, self.states), -1)
+        low_rank, B, C = project(v, self.x_proj)[0].split((self.dt_rank, self.states, self.states), -1)
         wide = state_dtype(v.dtype)
         delta = F.softplus(self.dt_proj(low_rank).to(wide) + self.dt_bias.to(wide))
         A, D = -self.A_log.to(wide).exp(), self.D.to(wide)
         y, final = selective_scan(v, delta, A, B, C, D, state["h"], cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.out_proj(y * F.silu(z)), {"h": final, "conv": last}
+        return project(y * F.silu(z), self.out_proj)[0], {"h": final, "conv": last}

@@ -107,7 +107,7 @@ class Mamba2(SequenceMixer):
         v, (k, q) = split(v, self.heads), split(kq, 2 * self.groups).chunk(2, 2)
         wide = state_dtype(x.dtype)
         parameters = [cast(p, wide) for p in (self.dt_bias, self.A_log, self.D)]
-        if can_step(v, state["S"], cu_seqlens, self.backend, k, q, dt, *parameters):
+        if can_step(v, state["S"], cu_seqlens, self.backend, k, q, dt, states=parameters):
             y, S = space_step(q, k, v, dt, state["S"], *parameters)
         else:
             y, S = self._recur(q, k, v, dt, state["S"], parameters, cu_seqlens)

@@ -98,7 +98,7 @@ class MLSTM(SequenceMixer):
         *qkv, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         q, k, v = (split(row, self.heads) for row in qkv)
         i, f = self._logits(x)
-        if can_step(q, state["S"], cu_seqlens, self.backend, k, v, i, f, state["m"]):
+        if can_step(q, state["S"], cu_seqlens, self.backend, k, v, states=(i, f, state["m"])):
             gates, scale = (i, f, state["m"]), self.key_width**-0.5
             h, S, m = step(q, k, v, state["S"], scale=scale, eps=self.EPS, gates=gates, cap=self.gate_cap)
         else:

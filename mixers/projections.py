@@ -17,24 +17,32 @@ from kernels.registration import watched
 _FORWARD = nn.Linear.forward
 
 
-def project(x: Tensor, *maps: nn.Module) -> list[Tensor]:
-    """[m(x) for m in maps]; where these are plain linear maps, and x is a token or few without a gradient, in one call.
+def project(x: Tensor, *maps: nn.Module | None) -> list[Any]:
+    """[m(x) for m in maps], None for None; those that are plain linear maps in one call, where x is a token or few
+    without a gradient.
 
     Whatever somebody has put in a linear map's place, or hung on it, is called as the module that it is.
     """
+    found: list[Any] = [None] * len(maps)
     if not torch.is_grad_enabled() and not watched() and type(x) is Tensor and x.is_cpu and x.is_contiguous():
         width = x.shape[-1]
-        if 0 < x.numel() <= ROWS * width and x.dtype in DTYPES and _unobserved():
+        if 0 < x.numel() <= ROWS * width and x.dtype in DTYPES and _allowed():
             found = [_parameters(m, width, x.dtype) for m in maps]
-            if None not in found:
-                return linear_maps(x, found)  # type: ignore[arg-type]
-    return [m(x) for m in maps]
+    plain = [parameters for parameters in found if parameters is not None]
+    made = iter(linear_maps(x, plain) if plain else ())
+    return [next(made) if p is not None else None if m is None else m(x) for p, m in zip(found, maps)]
 
 
-def _unobserved() -> bool:
-    """Does nothing look at every module's calls, or at every linear map's, and is there a compiler?"""
-    hooks = modules._global_forward_hooks or modules._global_forward_pre_hooks
-    return not hooks and nn.Linear.forward is _FORWARD and not torch._C._is_any_autocast_enabled() and _compiles()
+def untouched(module: Any, kind: type[nn.Module]) -> bool:
+    """Is it of just this kind, and would nobody miss its call?"""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_compiled_call_impl" in own:
+        return False
+    return type(module) is kind and not (modules._global_forward_hooks or modules._global_forward_pre_hooks)
+
+
+def _allowed() -> bool:
+    return nn.Linear.forward is _FORWARD and not torch._C._is_any_autocast_enabled() and _compiles()
 
 
 @functools.cache
@@ -43,14 +51,14 @@ def _compiles() -> bool:
 
 
 def _parameters(m: Any, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear map; None if calling it may mean anything else."""
-    if type(m) is not nn.Linear:
+    """Weight and bias of a linear map; None if calling it may mean anything else, or is an error."""
+    if type(m) is not nn.Linear or not untouched(m, nn.Linear):
         return None
-    own = m.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_compiled_call_impl" in own:
+    own = m.__dict__["_parameters"]
+    weight, bias = own.get("weight"), own.get("bias")
+    if not _plain(weight, dtype) or weight.ndim != 2 or weight.shape[1] != width:
         return None
-    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
-    if not _plain(weight, dtype) or weight.shape[1] != width or not (bias is None or _plain(bias, dtype)):
+    if bias is not None and not (_plain(bias, dtype) and bias.shape == weight.shape[:1]):
         return None
     return weight, bias
 

@@ -101,7 +101,7 @@ class RWKV6(SequenceMixer):
         shares = self.mu, self.mu_down, self.mu_up, self.mu_inputs
         decay = self.decay, self.decay_down, self.decay_up
         known = (before, *shares, *decay)
-        if can_step(x, state["S"], cu_seqlens, self.backend, *known) and all(t.dtype == x.dtype for t in known):
+        if can_step(x, state["S"], cu_seqlens, self.backend, *known):
             mixed, log_decay = shift_step(x, before, shares, decay, most=self.MOST)
             _, k, v, r, g = mixed.unbind()
         else:

@@ -14,6 +14,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import cast
+from mixers.projections import project
 from mixers.registry import register
 
 # the exponent of the published mix with the token before, for each of the six inputs
@@ -127,7 +128,7 @@ class RWKV7(SequenceMixer):
         wide = state_dtype(x.dtype)
         before, last = previous(x, state["x"], cu_seqlens)
         xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, cast(self.mixes, x.dtype)[:, None, None]).unbind()
-        r, u, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
+        r, u, v = (project(t, p)[0] for t, p in ((xr, self.r_proj), (xk, self.k_proj), (xv, self.v_proj)))
         log_decay = -math.exp(-0.5) * torch.sigmoid(cast(self.w_up(torch.tanh(self.w_down(xw))), wide))
         rate = torch.sigmoid(cast(self.a_up(self.a_down(xa)), wide))
         gate = self.g_up(torch.sigmoid(self.g_down(xg)))
@@ -138,7 +139,7 @@ class RWKV7(SequenceMixer):
         y, S = dplr(r, k, v, a, b, log_decay, state["S"], scale=1.0, cu_seqlens=cu_seqlens, backend=self.backend)
         bonus = (r * k * cast(self.bonus, wide)).sum(-1, keepdim=True) * v
         y = cast(self.norm(y) + bonus.flatten(-2), x.dtype) * gate
-        return self.o_proj(y), {"S": S, "x": last}
+        return project(y, self.o_proj)[0], {"S": S, "x": last}
 
 
 def _rank(factor: float, dim: int) -> int:

@@ -24,7 +24,7 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> None:
     # a backend that nobody asked for is built, too, when it is asked what it cannot do
     monkeypatch.setattr("kernels.jit_cpp.reason", lambda source: "not built in this test")
     naive = functools.partial(short_conv, backend="naive")
-    for module in ("kernels.short_conv", "mixers.deltanet", "mixers.mamba2"):
+    for module in ("kernels.short_conv", "mixers.delta", "mixers.mamba2"):
         monkeypatch.setattr(f"{module}.short_conv", naive)
 
 

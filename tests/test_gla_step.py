@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -72,3 +73,19 @@ def test_another_backend_is_asked(native: list[str]) -> None:
         mixer = mixers.build(name, 24, **options, backend="naive")
         mixer(torch.randn(1, 1, 24))
     assert not native
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_state_of_another_shape_or_dtype_is_read(name: str, native: list[str]) -> None:
+    mixer, x = mixers.build(name, 24, **LAYERS[name]), torch.randn(2, 1, 24)
+    state = mixer(x)[1]
+    wide = [key for key in state if state[key].ndim > 1]
+    native.clear()
+    for key in wide:
+        with pytest.raises(ValueError, match=r"(gla|short_conv): "):
+            mixer(x, {**state, key: state[key][..., 1:]})
+    # gsa's ops take keys of any dtype
+    with nullcontext() if name == "gsa" else pytest.raises(TypeError, match="float64"):
+        mixer(x, {**state, wide[0]: state[wide[0]].double()})
+    assert "gla_shift_step" in native or not native

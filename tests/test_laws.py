@@ -118,6 +118,12 @@ class DecodesDifferently(Toy):
         return super().mix(x * (1 + 1e-6) if x.shape[1] == 1 else x, state, cu_seqlens)
 
 
+class DecodesDifferentlyWithoutGradients(DecodesDifferently):
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        kind = Toy if torch.is_grad_enabled() else DecodesDifferently
+        return kind.mix(self, x, state, cu_seqlens)
+
+
 class LeaksOverBorders(Toy):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         y, after = super().mix(x, state, cu_seqlens)
@@ -209,6 +215,11 @@ def test_broken_toy_is_refused(law: str) -> None:
     refusal = Exception if law in checks.SLOW else checks.LawBroken
     with pytest.raises(refusal, match=None if law in checks.SLOW else law):
         checks.run(BROKEN[law], laws=[law], examples=20)
+
+
+def test_decoding_without_gradients_is_held_to_the_law_too() -> None:
+    with pytest.raises(checks.LawBroken, match="without gradients"):
+        checks.run(DecodesDifferentlyWithoutGradients, laws=["token_by_token"], examples=20)
 
 
 def test_run_by_name_and_unknown_law() -> None:

@@ -125,9 +125,11 @@ def test_what_is_no_plain_linear_map_is_called(native: list[int], name: str) -> 
     plain, other = nn.Linear(8, 8), OTHERS[name](nn.Linear(8, 8))
     x = torch.randn(1, 1, 8)
     with torch.no_grad():
-        found = project(x, plain, other)
-        assert all(torch.equal(y, m(x)) for y, m in zip(found, (plain, other)))
-    assert not native
+        nothing, found, y = project(x, None, other, plain)
+        assert nothing is None
+        assert torch.equal(found, other(x))
+        assert torch.allclose(y, plain(x), atol=1e-6)
+    assert len(native) == 1
 
 
 def test_modules_are_called_wherever_one_call_would_not_do(native: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +147,10 @@ def test_modules_are_called_wherever_one_call_would_not_do(native: list[int], mo
             project(torch.randn(1, 1, 7), m)
         with pytest.raises(RuntimeError, match="dtype"):
             project(x.double(), m)
+        short = nn.Linear(8, 6)
+        short.bias = nn.Parameter(torch.zeros(5))
+        with pytest.raises(RuntimeError, match="expand"):
+            project(x, short)
         seen: list[nn.Module] = []
         handle = register_module_forward_hook(lambda module, _, __: seen.append(module))
         try:

@@ -1,8 +1,7 @@
 """One token of the mixers with a delta rule in C++ for CPUs, with all that stands between their projections.
 
-For one token every call costs more than its numbers: here convolution, q and k of length 1, rates and decays, the
-recurrence and the gated norm are one call. See native_step.h. It has no gradient, and nobody can watch it: where
-`can_step` or `can_read` says no, the same is made of short_conv, delta_rule and gated_norm.
+Convolution, q and k of length 1, rates and decays, the recurrence and the gated norm are one call. See native_step.h;
+why there is such a call is in kernels/lone.py. Elsewhere the same is made of short_conv, delta_rule and gated_norm.
 """
 
 from __future__ import annotations
@@ -14,27 +13,10 @@ from kernels import jit_cpp
 from kernels.delta_rule.native import SOURCE
 from kernels.memory import DTYPES
 from kernels.problem import state_dtype
-from kernels.registration import plain, watched
 
 # fewer numbers of states than this are there and back before a second thread has woken up
 SERIAL_SIZE = 1 << 16
 _function = jit_cpp.functions(SOURCE)
-_autocast = torch._C._is_any_autocast_enabled
-
-
-def can_step(x: Tensor, cu_seqlens: Tensor | None, backend: str) -> bool:
-    """For x [B, T, ...]: here and now, if its tensors can be read."""
-    if watched() or x.shape[1] > 1 or torch.is_grad_enabled() or _autocast():
-        return False
-    return cu_seqlens is None and backend in ("auto", "native") and jit_cpp.reason(SOURCE) is None
-
-
-def can_read(x: Tensor, state: Tensor, *others: Tensor | None) -> bool:
-    """Are these plain tensors on a CPU, the state in the state dtype and all others in x's?"""
-    for t in (x, *others):
-        if t is not None and (t.dtype != x.dtype or t.device.type != "cpu"):
-            return False
-    return x.dtype in DTYPES and state.dtype == state_dtype(x.dtype) and plain((x, state, *others))
 
 
 def step(
@@ -72,12 +54,14 @@ def step(
         norm_weight: [V]; eps is added to the mean square.
 
     Raises:
-        ValueError: a tensor has another size.
+        ValueError: a tensor has another size. TypeError: the state is not in qkv's state dtype.
     """
     batch, value_heads, keys, values = state.shape
     channels, rows, dtype = 2 * heads * keys + value_heads * values, batch * value_heads, qkv.dtype
     decays = 0 if A_log is None or dt_bias is None else dt_bias.shape[0] // A_log.shape[0]
     taps = 0 if conv_weight is None else conv_weight.shape[1]
+    if state.dtype != state_dtype(dtype):
+        raise TypeError(f"delta_rule: state is {state.dtype} beside {dtype}, expected {state_dtype(dtype)}")
     tensors = []
     # in the order of native_step.h
     for name, x, size in (

@@ -1,7 +1,7 @@
 """One token of layers that are made of gla, in C++ for CPUs, with what stands around the recurrence. See step.cpp.
 
-For one token every call costs more than its numbers: here features, gates, recurrence and division are one call. It has
-no gradient, and nobody can watch it: where `can_step` says no, the same is made of gla.
+Features, gates, recurrence and division are one call. Where `can_step` says no, the same is made of gla; why there is
+such a call is in kernels/lone.py.
 """
 
 from __future__ import annotations
@@ -14,28 +14,24 @@ from torch import Tensor
 
 from kernels import jit_cpp, pool
 from kernels.gla.native import SERIAL_SIZE
+from kernels.lone import alone, expect, readable
 from kernels.memory import DTYPES, address, columns_together, contiguous, heads
 from kernels.problem import state_dtype
-from kernels.registration import needs_gradient, plain, watched
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _function = jit_cpp.functions(SOURCE)
 
 
-def can_step(x: Tensor, state: Tensor, cu_seqlens: Tensor | None, backend: str, *others: Tensor) -> bool:
-    """For x [B, T, ...], a state and all other tensors that would want a gradient."""
-    return (
-        x.shape[1] == 1
-        and cu_seqlens is None
-        and backend in ("auto", "native")
-        and x.device.type == "cpu"
-        and x.dtype in DTYPES
-        and state.dtype == state_dtype(x.dtype)
-        and not watched()
-        and not needs_gradient((x, state, *others))
-        and plain((x, state, *others))
-        and jit_cpp.reason(SOURCE) is None
-    )
+def can_step(
+    x: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    *others: Tensor,
+    states: Sequence[Tensor] = (),
+) -> bool:
+    """For x [B, T, ...] and others in its dtype, and states or what else is in the state dtype."""
+    return alone(x, cu_seqlens, backend, SOURCE) and readable(x, others, (state, *states))
 
 
 def step(
@@ -60,7 +56,15 @@ def step(
         gates: logits of i and f [B, 1, H] and the maximum m [B, H], in the state dtype, of an mLSTM, whose floor is
             e^{-m'}; None: f = i = 1 and floor = 0.
         cap: of the logits, as cap · tanh(logits / cap); None for none.
+
+    Raises:
+        ValueError: a shape does not fit.
     """
+    (batch, _, H, d), V = q.shape, v.shape[-1]
+    K = d if state.shape[2] == d else 1 + d + d * (d + 1) // 2
+    expect("gla", k=(k, q.shape), v=(v, (batch, 1, H, V)), state=(state, (batch, H, K, V + 1)))
+    if gates is not None:
+        expect("gla", **{name: (gate, (batch, 1, H)) for name, gate in zip("if", gates)}, m=(gates[2], (batch, H)))
     q, k, v, state = columns_together(q), columns_together(k), columns_together(v), contiguous(state)
     y, final_state = pool.empty_like(v), torch.empty_like(state)
     i, f, m = (None, None, None) if gates is None else map(contiguous, gates)
@@ -97,7 +101,13 @@ def slot_step(
 
     with SiLU of q, k, v [B, 1, H, D], and log α = log σ(f) / temperature, f [B, 1, H, M]; keys, values [B, H, M, D] in
     the state dtype.
+
+    Raises:
+        ValueError: a shape does not fit.
     """
+    (batch, _, H, D), M = q.shape, f.shape[-1]
+    expect("gla", k=(k, q.shape), v=(v, q.shape), f=(f, (batch, 1, H, M)))
+    expect("gla", keys=(keys, (batch, H, M, D)), values=(values, (batch, H, M, D)))
     q, k, v, f = (columns_together(x) for x in (q, k, v, f))
     keys, values = contiguous(keys), contiguous(values)
     y = v.new_empty((v.shape[0], 1, v.shape[2] * v.shape[3]))
@@ -137,7 +147,11 @@ def shift_step(
         x, before: [B, 1, D], the token and the one before it.
         shares: μ [D], A [D, J · rank], B [J, rank, D] and the μ_j [J, D], in x's dtype as all that is given.
         decay: ω [D], C [D, decay_rank] and D [decay_rank, D].
+
+    Raises:
+        ValueError: a shape does not fit.
     """
+    expect("gla", before=(before, x.shape))
     given = [t.contiguous() for t in (x, before, *shares, *decay)]
     (batch, _, dim), (inputs, rank, _) = x.shape, shares[2].shape
     mixed = x.new_empty((inputs, batch, 1, dim))
@@ -164,8 +178,17 @@ def retention_step(
 
         S' = (1 − 2^(−5 − h)) S + R k vᵀ,   y = S'ᵀ R q / √K,   head by head
 
-    R rotates the halves of q, k [B, 1, H, K] by position [B] times frequency [K // 2], which is in the state dtype.
+    R rotates the halves of q, k [B, 1, H, K] by position [B], int64, times frequency [K // 2], which is in the state
+    dtype.
+
+    Raises:
+        ValueError: a shape does not fit. TypeError: position is not int64.
     """
+    (batch, _, H, K), V = q.shape, v.shape[-1]
+    expect("gla", k=(k, q.shape), v=(v, (batch, 1, H, V)), state=(state, (batch, H, K, V)))
+    expect("gla", position=(position, (batch,)))
+    if position.dtype != torch.int64:
+        raise TypeError(f"gla: position is {position.dtype}, expected torch.int64")
     q, k, v, state = columns_together(q), columns_together(k), columns_together(v), contiguous(state)
     y, final_state = torch.empty_like(v, memory_format=torch.contiguous_format), pool.empty_like(state)
     _function("gla_retention_step", "6qd17q")(
@@ -194,15 +217,19 @@ def space_step(
 
     q, k [B, 1, G, K] are shared by H / G heads each; v [B, 1, H, V], dt [B, 1, H]; bias, A_log and D [H] in the
     state dtype.
+
+    Raises:
+        ValueError: a shape does not fit.
     """
+    (batch, _, G, K), (H, V) = q.shape, v.shape[2:]
+    expect("gla", k=(k, q.shape), v=(v, (batch, 1, H, V)), dt=(dt, (batch, 1, H)), state=(state, (batch, H, K, V)))
     q, k, v = columns_together(q), columns_together(k), columns_together(v)
     state, *parameters = (contiguous(t) for t in (state, bias, A_log, D))
     y, final_state = torch.empty_like(v, memory_format=torch.contiguous_format), pool.empty_like(state)
-    batch, H, K, V = state.shape
     _function("gla_space_step", "29q")(
         batch,
         H,
-        q.shape[2],
+        G,
         K,
         V,
         DTYPES[q.dtype],

@@ -72,17 +72,26 @@ def splitting(make: Make, case: Case) -> None:
 
 
 def token_by_token(make: Make, case: Case) -> None:
-    """Decoding one token at a time equals the whole at once: outputs, state and gradients, those of the state too."""
+    """Decoding one token at a time equals the whole at once: outputs, state and gradients, those of the state too; and
+    without gradients, for which a mixer may have a way of its own."""
     mixer = case.mixer(make)
     if not mixer.causal:
         return
     x = case.x()[:, :24].detach().requires_grad_()
     whole = mixer(x)
+    with torch.no_grad():
+        y, carried = _decoded(mixer, x)
+    equal("y token by token, without gradients", y, whole[0])
+    equal_states("state token by token, without gradients", mixer, carried, whole[1])
+    compare_with_gradients("token by token", mixer, case, x, _decoded(mixer, x), whole)
+
+
+def _decoded(mixer: Any, x: Tensor) -> tuple[Tensor, Any]:
     carried, ys = None, []
     for t in range(x.shape[1]):
         y, carried = mixer(x[:, t : t + 1], carried)
         ys.append(y)
-    compare_with_gradients("token by token", mixer, case, x, (torch.cat(ys, 1), carried), whole)
+    return torch.cat(ys, 1), carried
 
 
 def packed(make: Make, case: Case) -> None:

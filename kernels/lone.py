@@ -1,0 +1,44 @@
+"""A token alone: where a layer may compute it in one native call of its own (`kernels/*/step.py`), past the ops.
+
+For one token every call costs more than its numbers. Such a call has no gradient, and nobody can watch it; it stands
+for the native backend, whatever tables and locks say of the ops that it takes the place of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import jit_cpp
+from kernels.memory import DTYPES
+from kernels.problem import state_dtype
+from kernels.registration import plain, watched
+
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def alone(x: Tensor, cu_seqlens: Tensor | None, backend: str, source: Path) -> bool:
+    """Is x [B, T, ...] one token of each sequence, that the library of `source` may be called for here and now?"""
+    if watched() or x.shape[1] > 1 or torch.is_grad_enabled() or _autocast():
+        return False
+    return cu_seqlens is None and backend in ("auto", "native") and jit_cpp.reason(source) is None
+
+
+def readable(x: Tensor, others: Iterable[Tensor | None], states: Iterable[Tensor]) -> bool:
+    """Are these plain tensors on a CPU, x and the others in its dtype, the states in the state dtype?"""
+    others, states = (x, *others), (*states,)
+    for tensors, dtype in ((others, x.dtype), (states, state_dtype(x.dtype))):
+        for t in tensors:
+            if t is not None and (t.dtype != dtype or t.device.type != "cpu"):
+                return False
+    return x.dtype in DTYPES and plain((*others, *states))
+
+
+def expect(op: str, **given: tuple[Tensor | None, Sequence[int]]) -> None:
+    """Raises a ValueError that names the first tensor that has another shape than stands beside it."""
+    for name, (x, shape) in given.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{op}: {name} is {list(x.shape)}, expected {list(shape)}")
