@@ -1,7 +1,7 @@
 """A token alone: where a layer may compute it in one native call of its own (`kernels/*/step.py`), past the ops.
 
 For one token every call costs more than its numbers. Such a call has no gradient, and nobody can watch it; it stands
-for the native backend, whatever tables and locks say of the ops that it takes the place of.
+for the native backend, whatever was measured of the ops that it takes the place of. A lock has its way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import autotune
 from kernels import jit_cpp
 from kernels.memory import DTYPES
 from kernels.problem import state_dtype
@@ -24,7 +25,9 @@ def alone(x: Tensor, cu_seqlens: Tensor | None, backend: str, source: Path) -> b
     """Is x [B, T, ...] one token of each sequence, that the library of `source` may be called for here and now?"""
     if watched() or x.shape[1] > 1 or torch.is_grad_enabled() or _autocast():
         return False
-    return cu_seqlens is None and backend in ("auto", "native") and jit_cpp.reason(source) is None
+    if cu_seqlens is not None or backend not in ("auto", "native") or autotune.lock() is not None:
+        return False
+    return jit_cpp.reason(source) is None
 
 
 def readable(x: Tensor, others: Iterable[Tensor | None], states: Iterable[Tensor]) -> bool:

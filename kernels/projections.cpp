@@ -1,4 +1,4 @@
-// Several linear maps of the same few rows: y = x Wᵀ + b for each. Threads share the rows of all matrices.
+// Several linear maps of a few rows: y = x Wᵀ + b for each. Threads share the rows of all matrices.
 #include <algorithm>
 
 #include "parallel.h"
@@ -7,7 +7,7 @@
 namespace {
 
 struct Map {
-    const void *weight, *bias;  // [outputs, width], [outputs]; bias may be null: zeros
+    const void *x, *weight, *bias;  // [rows, width], [outputs, width], [outputs]; bias may be null: zeros
     void* y;                    // [rows, outputs]
     int64_t outputs;
 };
@@ -15,7 +15,6 @@ struct Map {
 // All fields are 8 bytes: projections.py packs them as one array.
 struct Problem {
     int64_t count, rows, width, format, threads;
-    const void* x;  // [rows, width]
     Map maps[];
 };
 
@@ -33,7 +32,7 @@ void outputs(const Problem& p, const Map& map, int64_t o) {
     const T* bias = static_cast<const T*>(map.bias);
     const int64_t whole = p.width / W * W;
     for (int64_t r = 0; r < p.rows; ++r) {
-        const T* x = static_cast<const T*>(p.x) + r * p.width;
+        const T* x = static_cast<const T*>(map.x) + r * p.width;
         Lanes<S> sums[N] = {};
         for (int64_t i = 0; i < whole; i += W) {
             Lanes<S> v = load<W>(x + i);

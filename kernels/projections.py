@@ -1,4 +1,4 @@
-"""Several linear maps of the same few rows in one call, for decoding on CPUs. See projections.cpp.
+"""Several linear maps of a few rows in one call, for decoding on CPUs. See projections.cpp.
 
 One token's projections take as long as their weights take to arrive, and behind these the caches have forgotten the
 code of whatever is called next: few calls are fast ones. Sums are float32 (float64 for float64) and rounded once; their
@@ -24,22 +24,23 @@ ROWS = 2
 SERIAL_SIZE = 65536
 
 
-def linear_maps(x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    """x Wᵀ + b, x [..., width], for each weight W [outputs, width] and bias b [outputs] or None.
+def linear_maps(maps: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tensor]:
+    """x Wᵀ + b for each x [..., width], weight W [outputs, width] and bias b [outputs] or None.
 
-    All are contiguous tensors on the CPU in x's dtype.
+    All are contiguous tensors on the CPU in one dtype, and every x has the same shape.
     """
+    x = maps[0][0]
     *outer, width = x.shape
     fields: list[int] = []
     made, numbers = [], 0
-    for weight, bias in maps:
+    for row, weight, bias in maps:
         outputs = weight.shape[0]
         y = torch.empty_like(x) if outputs == width else x.new_empty((*outer, outputs))
         made.append(y)
-        fields += (weight.data_ptr(), address(bias), y.data_ptr(), outputs)
+        fields += (row.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), outputs)
         numbers += outputs * width
     threads = torch.get_num_threads() if numbers >= SERIAL_SIZE else 1
-    _function(6 + len(fields))(len(made), x.numel() // width, width, DTYPES[x.dtype], threads, x.data_ptr(), *fields)
+    _function(5 + len(fields))(len(made), x.numel() // width, width, DTYPES[x.dtype], threads, *fields)
     return made
 
 

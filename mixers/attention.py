@@ -178,6 +178,8 @@ class Attention(SequenceMixer):
 
 def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[B or 1, T]: of each row, its place in its sequence; `length` [N or 1] tokens came before."""
+    if cu_seqlens is None and x.shape[1] == 1:
+        return length[:, None]
     rows = torch.arange(x.shape[1], device=x.device)[None]
     if cu_seqlens is None:
         return length[:, None] + rows

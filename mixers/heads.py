@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gated_norm import gated_norm
+from kernels.gated_norm.step import step
 from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.parts import ACTIVATIONS, cast, choice
@@ -65,6 +66,12 @@ class GatedNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """x [B, T, H, V] or, a single head, [B, T, V]; gate [B, T, H · V] or None for 1: [B, T, H · V] in x's dtype."""
+        y = step(
+            x, gate, self.weight, self.bias,
+            center=self.center, activation=self.activation, gate_first=self.gate_first, eps=self.eps,
+        )  # fmt: skip
+        if y is not None:
+            return y
         weight, bias = _beside(x, self.weight), _beside(x, self.bias)
         y = gated_norm(
             x, None if gate is None else cast(gate, x.dtype), weight, bias, norm="layer" if self.center else "rms",

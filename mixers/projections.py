@@ -1,8 +1,9 @@
-"""Several projections of the same rows."""
+"""Several projections at once."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,14 +24,18 @@ def project(x: Tensor, *maps: nn.Module | None) -> list[Any]:
 
     Whatever somebody has put in a linear map's place, or hung on it, is called as the module that it is.
     """
-    found: list[Any] = [None] * len(maps)
-    if not torch.is_grad_enabled() and not watched() and type(x) is Tensor and x.is_cpu and x.is_contiguous():
-        width = x.shape[-1]
-        if 0 < x.numel() <= ROWS * width and x.dtype in DTYPES and _allowed():
-            found = [_parameters(m, width, x.dtype) for m in maps]
-    plain = [parameters for parameters in found if parameters is not None]
-    made = iter(linear_maps(x, plain) if plain else ())
-    return [next(made) if p is not None else None if m is None else m(x) for p, m in zip(found, maps)]
+    return project_each([(x, m) for m in maps])
+
+
+def project_each(pairs: Sequence[tuple[Tensor, nn.Module | None]]) -> list[Any]:
+    """[m(x) for x, m in pairs] likewise, every x having the same shape."""
+    found: list[Any] = [None] * len(pairs)
+    first = pairs[0][0]
+    if not torch.is_grad_enabled() and not watched() and _few(first) and _allowed():
+        found = [_parameters(m, x, first) for x, m in pairs]
+    plain = [map for map in found if map is not None]
+    made = iter(linear_maps(plain) if plain else ())
+    return [next(made) if p is not None else None if m is None else m(x) for p, (x, m) in zip(found, pairs)]
 
 
 def untouched(module: Any, kind: type[nn.Module]) -> bool:
@@ -50,17 +55,25 @@ def _compiles() -> bool:
     return jit_cpp.reason(SOURCE) is None
 
 
-def _parameters(m: Any, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear map; None if calling it may mean anything else, or is an error."""
-    if type(m) is not nn.Linear or not untouched(m, nn.Linear):
+def _few(x: Tensor) -> bool:
+    """Is it a token or few, as native code reads them?"""
+    few = type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.dtype in DTYPES
+    return few and 0 < x.numel() <= ROWS * x.shape[-1]
+
+
+def _parameters(m: Any, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Input, weight and bias of a linear map; None if calling it may mean anything else, or is an error."""
+    if type(m) is not nn.Linear or not untouched(m, nn.Linear) or x.shape != first.shape:
         return None
-    own = m.__dict__["_parameters"]
+    if x is not first and not (_few(x) and x.dtype is first.dtype):
+        return None
+    own, dtype = m.__dict__["_parameters"], first.dtype
     weight, bias = own.get("weight"), own.get("bias")
-    if not _plain(weight, dtype) or weight.ndim != 2 or weight.shape[1] != width:
+    if not _plain(weight, dtype) or weight.ndim != 2 or weight.shape[1] != first.shape[-1]:
         return None
     if bias is not None and not (_plain(bias, dtype) and bias.shape == weight.shape[:1]):
         return None
-    return weight, bias
+    return x, weight, bias
 
 
 def _plain(t: Any, dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import cast
-from mixers.projections import project
+from mixers.projections import project, project_each
 from mixers.registry import register
 
 # The inputs that are mixed with the token before, each with shares of its own
@@ -107,8 +107,8 @@ class RWKV6(SequenceMixer):
         else:
             w, k, v, r, g = self.shifted(x, before - x)
             log_decay = self.log_decays(w)
-        projections = (self.k_proj, k), (self.v_proj, v), (self.r_proj, r), (self.g_proj, g)
-        k, v, r, g = (project(t, p)[0] for p, t in projections)
+        projections = [(k, self.k_proj), (v, self.v_proj), (r, self.r_proj), (g, self.g_proj)]
+        k, v, r, g = project_each(projections)
         k, v, r, log_decay = (split(t, self.heads) for t in (k, v, r, log_decay))
         y, S = gla(
             r, k, v, log_decay, state["S"],

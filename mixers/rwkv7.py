@@ -14,7 +14,7 @@ from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import cast
-from mixers.projections import project
+from mixers.projections import project, project_each
 from mixers.registry import register
 
 # the exponent of the published mix with the token before, for each of the six inputs
@@ -128,7 +128,7 @@ class RWKV7(SequenceMixer):
         wide = state_dtype(x.dtype)
         before, last = previous(x, state["x"], cu_seqlens)
         xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, cast(self.mixes, x.dtype)[:, None, None]).unbind()
-        r, u, v = (project(t, p)[0] for t, p in ((xr, self.r_proj), (xk, self.k_proj), (xv, self.v_proj)))
+        r, u, v = project_each([(xr, self.r_proj), (xk, self.k_proj), (xv, self.v_proj)])
         log_decay = -math.exp(-0.5) * torch.sigmoid(cast(self.w_up(torch.tanh(self.w_down(xw))), wide))
         rate = torch.sigmoid(cast(self.a_up(self.a_down(xa)), wide))
         gate = self.g_up(torch.sigmoid(self.g_down(xg)))

@@ -12,6 +12,9 @@ from torch import Tensor
 from kernels.agreement import Expected, draw, pose
 from kernels.gated_norm import OP, gated_norm, naive
 from kernels.gated_norm import native as backend
+from kernels.gated_norm.step import step
+from kernels.problem import state_dtype
+from mixers.heads import GatedNorm
 from tests.triton_interpreter import run
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -139,6 +142,43 @@ def test_only_the_gradients_that_are_needed() -> None:
         found = run.func(*run.args, **{**run.keywords, "needs": needs})
         for need, gradient, expected in zip(needs, found, every):
             assert torch.equal(gradient, expected) if need else gradient is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("heads", [None, 3])
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_a_token_alone_has_the_bits_of_the_op(dtype: torch.dtype, heads: int | None, gate_first: bool) -> None:
+    x, gate = rows(2, 1, 3, 21, dtype=dtype), rows(2, 1, 63, seed=1, dtype=dtype)
+    center = heads is not None
+    norm = GatedNorm(21, heads=heads, gate_first=gate_first, center=center, bias=center).to(dtype)
+    for n, parameter in enumerate(norm.parameters()):
+        parameter.copy_(rows(*parameter.shape, seed=n))
+    given = norm.weight, norm.bias
+    options = {"activation": "silu", "gate_first": gate_first, "eps": norm.eps}
+    for g in (gate, gate.view_as(x), None):
+        found = step(x, g, *given, center=center, **options)
+        wide = [None if p is None else p.to(state_dtype(dtype)) for p in given]
+        expected = gated_norm(x, g, *wide, norm="layer" if center else "rms", backend="native", **options)
+        assert found is not None
+        assert torch.equal(found, expected.flatten(-2))
+        assert torch.equal(norm(x, g), found)
+
+
+@torch.no_grad()
+def test_a_token_alone_that_the_op_is_asked_for() -> None:
+    x, gate, weight = rows(2, 1, 3, 21), rows(2, 1, 63), rows(21)
+    options: dict[str, Any] = {"center": False, "activation": "silu", "gate_first": False, "eps": 1e-5}
+    for case in (
+        (x[..., ::2], None, None), (x, gate[..., :-1], None), (x, gate.float(), None), (x, gate, weight[1:]),
+        (x.expand(2, 2, 3, 21), None, None), (x.float(), gate.bfloat16(), weight),
+    ):  # fmt: skip
+        assert step(*case, None, **options) is None
+    assert step(x, gate, weight, None, **{**options, "activation": "gelu"}) is None
+    with torch.enable_grad():
+        assert step(x, gate, weight, None, **options) is None
+    with torch.autocast("cpu"):
+        assert step(x, gate, weight, None, **options) is None
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -14,7 +14,7 @@ from kernels import jit_cpp
 from kernels.problem import state_dtype
 from kernels.projections import ROWS, SERIAL_SIZE, SOURCE
 from mixers import projections
-from mixers.projections import project
+from mixers.projections import project, project_each
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 needs_compiler = pytest.mark.skipif(jit_cpp.reason(SOURCE) is not None, reason="no C++ compiler")
@@ -30,9 +30,9 @@ def native(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = projections.linear_maps
 
-    def counting(x: Tensor, maps: list) -> list[Tensor]:
+    def counting(maps: list) -> list[Tensor]:
         calls.append(len(maps))
-        return real(x, maps)
+        return real(maps)
 
     monkeypatch.setattr(projections, "linear_maps", counting)
     return calls
@@ -172,3 +172,16 @@ def test_a_compiled_step_holds_the_modules(native: list[int]) -> None:
         compiled, _ = torch.compile(layer, fullgraph=True, backend="eager")(x, state)
     assert len(native) == count
     torch.testing.assert_close(compiled, want)
+
+
+@needs_compiler
+def test_each_map_of_a_row_of_its_own(native: list[int]) -> None:
+    torch.manual_seed(0)
+    maps, rows = _maps(8, (6, 8, 70), bias=True, dtype=torch.float64), torch.randn(3, 1, 1, 8).double().unbind()
+    other = nn.Sequential(nn.Linear(5, 3)).double(), torch.randn(1, 1, 5).double()
+    pairs = [*zip(rows, maps), (rows[0].expand(1, 3, 8), maps[0]), (other[1], other[0]), (rows[1][..., ::1], maps[1])]
+    with torch.no_grad():
+        for found, (x, m) in zip(project_each(pairs), pairs, strict=True):
+            assert torch.allclose(found, m(x), rtol=1e-12, atol=1e-12)
+    # what has another shape is computed by its module
+    assert native == [4]

@@ -76,7 +76,7 @@ def gated_norm(
         elif given != shape:
             if given != (*shape[:2], H * shape[-1]):
                 raise ValueError(f"gated_norm: gate is {list(given)}, which does not fit x {list(shape)}")
-            gate = gate.view(rows.shape)
+            gate = gate.view_as(rows)
     # [V] -> [H, V]; what has other axes is the op's to refuse
     if weight is not None and weight.ndim == 1:
         weight = weight.expand(H, -1)

@@ -68,7 +68,7 @@ struct SpaceStep {
 //
 // All tensors but log_decay are contiguous and in one dtype.
 struct ShiftStep {
-    int64_t batch, dim, inputs, rank, decay_rank, format;
+    int64_t batch, dim, inputs, rank, decay_rank, format, threads;
     double most;
     const void *x, *before;                  // [batch, dim]
     const void *mu, *down, *up, *mu_inputs;  // μ [dim], A [dim, inputs · rank], B [inputs, rank, dim], [inputs, dim]
@@ -76,7 +76,7 @@ struct ShiftStep {
     void *mixed, *log_decay;                 // [inputs, batch, dim], in S: [batch, dim]
 };
 
-static_assert(sizeof(Step) == 29 * 8 && sizeof(SlotStep) == 28 * 8 && sizeof(ShiftStep) == 18 * 8 &&
+static_assert(sizeof(Step) == 29 * 8 && sizeof(SlotStep) == 28 * 8 && sizeof(ShiftStep) == 19 * 8 &&
                   sizeof(RetentionStep) == 24 * 8 && sizeof(SpaceStep) == 29 * 8,
               "step.py packs this many fields");
 
@@ -261,11 +261,11 @@ void slot_step(const SlotStep& s) {
     });
 }
 
-// to [columns, in whole vectors] += xᵀ matrix, x [rows].
+// to [columns, in whole vectors] += xᵀ matrix, x [rows]; the matrix's rows lie `apart`.
 template <class S, class T>
-void add_product(const S* x, int64_t rows, const T* matrix, int64_t columns, S* to) {
+void add_product(const S* x, int64_t rows, const T* matrix, int64_t apart, int64_t columns, S* to) {
     constexpr int W = kLanes<S>;
-    for (int64_t i = 0; i < rows; ++i, matrix += columns)
+    for (int64_t i = 0; i < rows; ++i, matrix += apart)
         for (int64_t j = 0; j < columns; j += W)
             store(to + j, multiply_add(all(x[i]), load_some(matrix + j, columns - j), load<W>(to + j)));
 }
@@ -274,18 +274,18 @@ template <class T>
 void shift_step(const ShiftStep& s) {
     using S = StateOf<T>;
     constexpr int W = kLanes<S>;
-    const int64_t dim = s.dim, width = whole_vectors<S>(dim), shares = s.inputs * s.rank;
-    const int64_t small = whole_vectors<S>(std::max(shares, s.decay_rank));
+    const int64_t dim = s.dim, width = whole_vectors<S>(dim), small = whole_vectors<S>(std::max(s.rank, s.decay_rank));
     auto in = [](const void* from) { return static_cast<const T*>(from); };
     // to = tanh(xᵀ matrix)
-    auto squashed = [&](const S* x, const void* matrix, int64_t columns, S* to) {
+    auto squashed = [&](const S* x, const T* matrix, int64_t apart, int64_t columns, S* to) {
         std::fill_n(to, small, S(0));
-        add_product(x, dim, in(matrix), columns, to);
+        add_product(x, dim, matrix, apart, columns, to);
         for (int64_t j = 0; j < columns; ++j) to[j] = std::tanh(to[j]);
     };
-    parallel_with_scratch<S, FlushDenormals>(s.batch, 1, 4 * width + 2 * small, [&](int64_t b, S* scratch, int64_t) {
-        S *x = scratch, *delta = x + width, *row = delta + width, *decay = row + width;
-        S *share = decay + width, *low = share + small;
+    // the first input, which has the decays to make, is begun before the others
+    auto make = [&](int64_t at, S* scratch, int64_t) {
+        const int64_t j = at / s.batch, b = at % s.batch;
+        S *x = scratch, *delta = x + width, *row = delta + width, *decay = row + width, *low = decay + width;
         // calls f(i, how many are left) for each vector of a row
         auto each = [&](auto f) { for (int64_t i = 0; i < dim; i += W) f(i, dim - i); };
         auto mix = [&](int64_t i) { return multiply_add(load<W>(delta + i), load<W>(row + i), load<W>(x + i)); };
@@ -295,19 +295,18 @@ void shift_step(const ShiftStep& s) {
         read(in(s.x) + b * dim, x), read(in(s.before) + b * dim, delta), read(s.mu, row), read(s.decay, decay);
         each([&](int64_t i, int64_t) { store(delta + i, load<W>(delta + i) - load<W>(x + i)); });
         each([&](int64_t i, int64_t) { store(row + i, mix(i)); });
-        squashed(row, s.down, shares, share);
-        for (int64_t j = 0; j < s.inputs; ++j) {
-            read(in(s.mu_inputs) + j * dim, row);
-            add_product(share + j * s.rank, s.rank, in(s.up) + j * s.rank * dim, dim, row);
-            T* to = static_cast<T*>(s.mixed) + (j * s.batch + b) * dim;
-            each([&](int64_t i, int64_t n) { store(row + i, mix(i)), store_some(to + i, load<W>(row + i), n); });
-            if (j > 0) continue;
-            squashed(row, s.decay_down, s.decay_rank, low);
-            add_product(low, s.decay_rank, in(s.decay_up), dim, decay);
-            S* log_decay = static_cast<S*>(s.log_decay) + b * dim;
-            for (int64_t i = 0; i < dim; ++i) log_decay[i] = -std::exp(std::min(decay[i], S(s.most)));
-        }
-    });
+        squashed(row, in(s.down) + j * s.rank, s.inputs * s.rank, s.rank, low);
+        read(in(s.mu_inputs) + j * dim, row);
+        add_product(low, s.rank, in(s.up) + j * s.rank * dim, dim, dim, row);
+        T* to = static_cast<T*>(s.mixed) + at * dim;
+        each([&](int64_t i, int64_t n) { store(row + i, mix(i)), store_some(to + i, load<W>(row + i), n); });
+        if (j > 0) return;
+        squashed(row, in(s.decay_down), s.decay_rank, s.decay_rank, low);
+        add_product(low, s.decay_rank, in(s.decay_up), dim, dim, decay);
+        S* log_decay = static_cast<S*>(s.log_decay) + b * dim;
+        for (int64_t i = 0; i < dim; ++i) log_decay[i] = -std::exp(std::min(decay[i], S(s.most)));
+    };
+    parallel_with_scratch<S, FlushDenormals>(s.inputs * s.batch, s.threads, 4 * width + small, make);
 }
 
 }  // namespace

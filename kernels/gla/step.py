@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from kernels import jit_cpp, pool
-from kernels.gla.native import SERIAL_SIZE
 from kernels.lone import alone, expect, readable
 from kernels.memory import DTYPES, address, columns_together, contiguous, heads
 from kernels.problem import state_dtype
 
+# fewer numbers than this, of states or matrices, are there and back before a second thread has woken up
+SERIAL_SIZE = 1 << 16
 SOURCE = Path(__file__).with_suffix(".cpp")
 _function = jit_cpp.functions(SOURCE)
 
@@ -156,13 +157,16 @@ def shift_step(
     (batch, _, dim), (inputs, rank, _) = x.shape, shares[2].shape
     mixed = x.new_empty((inputs, batch, 1, dim))
     log_decay = x.new_empty((batch, 1, dim), dtype=state_dtype(x.dtype))
-    _function("gla_shift_step", "6qd11q")(
+    # of the matrices
+    numbers = 2 * dim * (inputs * rank + decay[2].shape[0])
+    _function("gla_shift_step", "7qd11q")(
         batch,
         dim,
         inputs,
         rank,
         decay[2].shape[0],
         DTYPES[x.dtype],
+        torch.get_num_threads() if numbers >= SERIAL_SIZE else 1,
         most,
         *[t.data_ptr() for t in given],
         mixed.data_ptr(),
