@@ -40,7 +40,7 @@ def _compiled(request: pytest.FixtureRequest) -> None:
     """Where all tests run, workers compile the C++ from both ends of the list: none waits for what another compiles."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and len(request.session.items) > 1000:
-        sources = sorted(Path(jit_cpp.__file__).parent.glob("*/native.cpp"), reverse=worker == "gw1")
+        sources = sorted(Path(jit_cpp.__file__).parent.rglob("*.cpp"), reverse=worker == "gw1")
         for source in sources:
             jit_cpp.reason(source)
 
