@@ -21,16 +21,19 @@ from kernels.registration import plain, watched
 _autocast = torch._C._is_any_autocast_enabled
 
 
+def unobserved(source: Path) -> bool:
+    """Does nobody trace, want a gradient or cast here, and is the library of `source` to be had?"""
+    return not (watched() or torch.is_grad_enabled() or _autocast()) and jit_cpp.reason(source) is None
+
+
 def alone(x: Tensor, cu_seqlens: Tensor | None, backend: str, source: Path) -> bool:
     """Is x [B, T, ...] one token of each sequence, that the library of `source` may be called for here and now?"""
-    if watched() or x.shape[1] > 1 or torch.is_grad_enabled() or _autocast():
+    if x.shape[1] > 1 or cu_seqlens is not None or backend not in ("auto", "native") or autotune.lock() is not None:
         return False
-    if cu_seqlens is not None or backend not in ("auto", "native") or autotune.lock() is not None:
-        return False
-    return jit_cpp.reason(source) is None
+    return unobserved(source)
 
 
-def readable(x: Tensor, others: Iterable[Tensor | None], states: Iterable[Tensor]) -> bool:
+def readable(x: Tensor, others: Iterable[Tensor | None], states: Iterable[Tensor | None]) -> bool:
     """Are these plain tensors on a CPU, x and the others in its dtype, the states in the state dtype?"""
     others, states = (x, *others), (*states,)
     for tensors, dtype in ((others, x.dtype), (states, state_dtype(x.dtype))):

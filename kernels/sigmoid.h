@@ -1,6 +1,14 @@
 // The sigmoid on vectors, to within 4 units in the last place.
 #pragma once
+#include <cmath>
+
 #include "exp.h"
+
+// log σ(x); that of −x is −softplus(x).
+template <class S>
+S log_sigmoid(S x) {
+    return (x < 0 ? x : S(0)) - std::log1p(std::exp(-std::abs(x)));
+}
 
 // 1 / x for x in [1, 1e38].
 template <int W, class S>

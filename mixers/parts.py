@@ -119,6 +119,11 @@ class LowerBounded(nn.Module):
         self._lower_bound = (bound,)
 
 
+def frequencies(half: int, base: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Those of rotary position embeddings, base^(-j / half) [half]."""
+    return base ** (torch.arange(0, -half, -1, device=device, dtype=dtype) / half)
+
+
 def rotate(q: Tensor, k: Tensor, positions: Tensor, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of q, k [B, T, H, K] at positions [B or 1, T], in float32 (arXiv 2104.09864).
 
@@ -127,7 +132,7 @@ def rotate(q: Tensor, k: Tensor, positions: Tensor, base: float = 10000.0) -> tu
     """
     half, odd = q.shape[-1] // 2, q.shape[-1] % 2
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    frequency = base ** (torch.arange(0, -half, -1, device=q.device, dtype=wide) / half)
+    frequency = frequencies(half, base, device=q.device, dtype=wide)
     # (-x2, x1) sin is (x2, x1) times the sine of angles that are negative in the first half
     angle = positions[:, :, None, None] * torch.cat([-frequency, frequency] + [frequency.new_zeros(1)] * odd)
     cos, sin = angle.cos(), angle.sin()

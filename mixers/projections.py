@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from kernels import jit_cpp
+from kernels.lone import unobserved
 from kernels.memory import DTYPES
 from kernels.projections import ROWS, SOURCE, linear_maps
-from kernels.registration import watched
 
 _FORWARD = nn.Linear.forward
 
@@ -31,7 +29,7 @@ def project_each(pairs: Sequence[tuple[Tensor, nn.Module | None]]) -> list[Any]:
     """[m(x) for x, m in pairs] likewise, every x having the same shape."""
     found: list[Any] = [None] * len(pairs)
     first = pairs[0][0]
-    if not torch.is_grad_enabled() and not watched() and _few(first) and _allowed():
+    if nn.Linear.forward is _FORWARD and _few(first) and unobserved(SOURCE):
         found = [_parameters(m, x, first) for x, m in pairs]
     plain = [map for map in found if map is not None]
     made = iter(linear_maps(plain) if plain else ())
@@ -44,15 +42,6 @@ def untouched(module: Any, kind: type[nn.Module]) -> bool:
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_compiled_call_impl" in own:
         return False
     return type(module) is kind and not (modules._global_forward_hooks or modules._global_forward_pre_hooks)
-
-
-def _allowed() -> bool:
-    return nn.Linear.forward is _FORWARD and not torch._C._is_any_autocast_enabled() and _compiles()
-
-
-@functools.cache
-def _compiles() -> bool:
-    return jit_cpp.reason(SOURCE) is None
 
 
 def _few(x: Tensor) -> bool:

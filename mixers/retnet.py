@@ -14,7 +14,7 @@ from kernels.packing import Packing
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
-from mixers.parts import rotate
+from mixers.parts import frequencies, rotate
 from mixers.projections import project
 from mixers.registry import register
 
@@ -87,9 +87,8 @@ class RetNet(SequenceMixer):
         q, k, v = (split(row, self.heads) for row in qkv)
         if can_step(q, state["S"], cu_seqlens, self.backend, k, v):
             wide, before = state["S"].dtype, state["length"]
-            y, S = retention_step(
-                q, k, v, state["S"], before, _frequencies(self.key_width // 2, self.rotary_base, wide)
-            )
+            frequency = _frequencies(self.key_width // 2, self.rotary_base, device=q.device, dtype=wide)
+            y, S = retention_step(q, k, v, state["S"], before, frequency)
             length = before + 1
         else:
             y, S, length = self._retain(q, k, v, state, cu_seqlens)
@@ -108,10 +107,8 @@ class RetNet(SequenceMixer):
         return y, S, length
 
 
-@functools.cache
-def _frequencies(half: int, base: float, dtype: torch.dtype) -> Tensor:
-    """Those of `rotate`, on the CPU."""
-    return base ** (torch.arange(0, -half, -1, device="cpu", dtype=dtype) / half)
+# for tokens alone, whose frequencies are the same every time
+_frequencies = functools.cache(frequencies)
 
 
 def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,7 @@ void decays(const Step& s, int64_t sequence, int64_t head, S* other, S* to) {
     const S A = std::exp(other[0]);
     read<S>(s.decay, s.format, (sequence * s.heads + head) * n, n, to);
     read<S>(s.dt_bias, s.format, head * n, n, other);
-    for (int64_t i = 0; i < n; ++i) {
-        const S z = to[i] + other[i];
-        to[i] = std::exp(-A * (std::max(z, S(0)) + std::log1p(std::exp(-std::abs(z)))));
-    }
+    for (int64_t i = 0; i < n; ++i) to[i] = std::exp(A * log_sigmoid(-(to[i] + other[i])));
     if (n == 1) std::fill_n(to, s.keys, S(to[0]));
 }
 

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../sigmoid.h"
 #include "native.h"
 
 namespace {
@@ -79,12 +80,6 @@ struct ShiftStep {
 static_assert(sizeof(Step) == 29 * 8 && sizeof(SlotStep) == 28 * 8 && sizeof(ShiftStep) == 19 * 8 &&
                   sizeof(RetentionStep) == 24 * 8 && sizeof(SpaceStep) == 29 * 8,
               "step.py packs this many fields");
-
-// log σ(x)
-template <class S>
-S log_sigmoid(S x) {
-    return std::min(x, S(0)) - std::log1p(std::exp(-std::abs(x)));
-}
 
 template <class S>
 struct Gates {
@@ -222,8 +217,7 @@ void slot_step(const SlotStep& s) {
         auto read = [&](Heads from, S* to) {
             read_rows<S>(from, s.format, token, D, 1, to, stride);
             for (int64_t i = 0; i < D; i += W) {
-                auto x = load<W>(to + i);
-                store(to + i, x / (all(S(1)) + exponential<W, S>(-x)));
+                store(to + i, silu<W, S>(load<W>(to + i)));
             }
         };
         read(s.q, q), read(s.k, k), read(s.v, v);
