@@ -130,21 +130,18 @@ def rotate(q: Tensor, k: Tensor, positions: Tensor, base: float = 10000.0) -> tu
     Halves convention: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos) with x1 the first half of K and
     angle = position · base^(-2j/K). A last column that has no partner stays. q and k may differ in their heads.
     """
-    half, odd = q.shape[-1] // 2, q.shape[-1] % 2
+    half = q.shape[-1] // 2
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    frequency = frequencies(half, base, device=q.device, dtype=wide)
-    # (-x2, x1) sin is (x2, x1) times the sine of angles that are negative in the first half
-    angle = positions[:, :, None, None] * torch.cat([-frequency, frequency] + [frequency.new_zeros(1)] * odd)
+    angle = positions[:, :, None, None] * frequencies(half, base, device=q.device, dtype=wide)
     cos, sin = angle.cos(), angle.sin()
 
     def turned(x: Tensor) -> Tensor:
-        x = cast(x, wide)
-        x1, x2, *rest = x.split_with_sizes([half, half] + [1] * odd, -1)
-        return torch.addcmul(x * cos, torch.cat([x2, x1, *rest], -1), sin)
+        x1, x2, *rest = cast(x, wide).split_with_sizes([half, half] + [1] * (x.shape[-1] % 2), -1)
+        first, second = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
+        return cast(torch.cat([first, second, *rest], -1), x.dtype)
 
     if q.shape[1] > 1:
-        return cast(turned(q), q.dtype), cast(turned(k), k.dtype)
+        return turned(q), turned(k)
     # of a token, fewer calls are worth a copy
-    both = cast(turned(torch.cat([q, k], 2)), q.dtype)
-    q, k = both.split_with_sizes([q.shape[2], k.shape[2]], 2)
+    q, k = turned(torch.cat([q, k], 2)).split_with_sizes([q.shape[2], k.shape[2]], 2)
     return q, k

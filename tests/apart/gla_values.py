@@ -86,17 +86,26 @@ def test_chunks_of_wide_states(direction: str, per_key: bool) -> None:
     tc.agrees(inputs, {"chunk": 32, "num_warps": 4})
 
 
-# What forward and backward move at most, by K = V, as times the least
-LIMITS = {64: (1.1, 1.36), 128: (1.18, 1.5)}
+# What forward and backward move at most, as times the least, by K = V, dtype and whether there is an initial state
+LIMITS = {
+    (64, tc.BFLOAT16, True): (1.1, 1.3),
+    (64, tc.BFLOAT16, False): (1.1, 1.32),
+    (64, tc.FLOAT32, True): (1.1, 1.35),
+    (64, tc.FLOAT32, False): (1.1, 1.36),
+    (128, tc.BFLOAT16, True): (1.1, 1.35),
+    (128, tc.BFLOAT16, False): (1.11, 1.4),
+    (128, tc.FLOAT32, True): (1.16, 1.45),
+    (128, tc.FLOAT32, False): (1.18, 1.5),
+}
 
 
 @pytest.mark.parametrize("initial_state", [True, False])
 @pytest.mark.parametrize("per_key", [True, False])
 @pytest.mark.parametrize("dtype", [tc.BFLOAT16, tc.FLOAT32], ids=str)
-@pytest.mark.parametrize("width", LIMITS)
+@pytest.mark.parametrize("width", [64, 128])
 def test_bytes_moved_in_chunks(width: int, dtype: torch.dtype, per_key: bool, initial_state: bool) -> None:
     """Beside what a chunked algorithm has to move: docs/derivations/chunks.md."""
-    for direction, limit in zip(("forward", "backward"), LIMITS[width]):
+    for direction, limit in zip(("forward", "backward"), LIMITS[width, dtype, initial_state]):
         facts = {"dtype": dtype, "per_key": per_key, "initial_state": initial_state}
         inputs = posed(direction, length=64, keys=width, values=width, heads=1, **facts)  # type: ignore[arg-type]
         config = {"chunk": 32, "num_warps": 4}
