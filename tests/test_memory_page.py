@@ -19,5 +19,6 @@ def test_the_page_has_every_mixer_and_what_it_keeps(monkeypatch: pytest.MonkeyPa
     rows = {line.split("|")[1].strip(): line for line in lines[lines.index(memory.PAGE.splitlines()[-1]) + 1 :]}
     assert set(mixers.names()) <= set(rows)
     assert "\n".join(lines).startswith(memory.PAGE)
-    for row in (memory.Row("hgrn"), memory.Row("hgrn", {"recompute": True}), memory.Row("gla"), memory.Row("mamba")):
+    names = ("hgrn", "attention", "gla", "mamba", "deltanet")
+    for row in (*map(memory.Row, names), memory.Row("hgrn", {"recompute": True})):
         assert f" {memory.kept(row) / 1024:.2f} |" in rows[str(row)]
