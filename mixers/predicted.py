@@ -63,7 +63,7 @@ def predictions(card: Card, store: autotune.Store) -> str:
         form = _form(key)
         cells = groups.setdefault((key.op, key.direction, key.dtype), {}).setdefault(form, {})
         cells[key.length] = _cell(record, card)
-    for (op, direction, dtype), forms in groups.items():
+    for (op, direction, dtype), forms in sorted(groups.items(), key=_alphabetical):
         lengths = sorted({length for cells in forms.values() for length in cells})
         header = ["", *(f"T = {length:,}" for length in lengths)]
         rows = [[form, *(cells.get(length, "—") for length in lengths)] for form, cells in forms.items()]
@@ -104,10 +104,7 @@ def static(known: Mapping[str, Mapping[str, Sequence[Row]]]) -> str:
     ]
     for target, lists in known.items():
         parts.append(f"## {CARDS[target].page}")
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in lists["kernels"]:
-            groups.setdefault((row["op"], row["direction"]), []).append(row)
-        for (op, direction), rows in groups.items():
+        for (op, direction), rows in _by_op(lists["kernels"]):
             sizes = "; ".join(dict.fromkeys(row["sizes"] for row in rows))
             header = ["dtype", "form", "config", "kernel", "registers", "spills", "shared", "occupancy", "loads"]
             header += ["stores", "async"]
@@ -127,6 +124,19 @@ def static(known: Mapping[str, Mapping[str, Sequence[Row]]]) -> str:
     return "\n\n".join([*parts, *floors(known)]) + "\n"
 
 
+def _by_op(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["direction"]), []).append(row)
+    return sorted(groups.items(), key=_alphabetical)
+
+
+def _alphabetical(group: tuple[tuple[str, ...], Any]) -> tuple[str, ...]:
+    """By op, forward before backward, and what else there is."""
+    (op, direction, *rest), _ = group
+    return op, "" if direction == "forward" else direction, *rest
+
+
 def floors(known: Mapping[str, Mapping[str, Sequence[Row]]]) -> list[str]:
     """Tables of floors, and where time is split by the rule."""
     parts = [
@@ -137,10 +147,7 @@ def floors(known: Mapping[str, Mapping[str, Sequence[Row]]]) -> list[str]:
         "microseconds a launch takes longer than its floor, and few programs do not reach it.",
     ]
     for target, lists in known.items():
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in lists["floors"]:
-            groups.setdefault((row["op"], row["direction"]), []).append(row)
-        for (op, direction), rows in groups.items():
+        for (op, direction), rows in _by_op(lists["floors"]):
             parts += [f"### {op}, {direction}, {CARDS[target].page}", _floor_table(rows), _takeover(rows)]
     return parts if len(parts) > 2 else []
 
@@ -166,8 +173,12 @@ def _takeover(rows: Sequence[Row]) -> str:
     steps: dict[int, list[str]] = {}
     for at, columns in sorted(most.items()):
         steps.setdefault(columns, []).append(f"{at:,}")
-    said = "; ".join(f"B·D ≤ {columns:,} at T = {' and '.join(at)}" for columns, at in steps.items())
+    said = "; ".join(f"B·D ≤ {columns:,} at T = {_listed(at)}" for columns, at in steps.items())
     return f"Of these, time is split for {said}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def _split(row: Row) -> bool:
