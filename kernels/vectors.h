@@ -59,6 +59,10 @@ INLINE V multiply_add(V a, V b, V c) {
 #endif
         return a * b + c;
 }
+template <class V, int K>
+INLINE Group<V, K> multiply_add(const Group<V, K>& a, const Group<V, K>& b, const Group<V, K>& c) {
+    return group_of<V, K>([&](int k) INLINE_BODY { return multiply_add(a.v[k], b.v[k], c.v[k]); });
+}
 
 // The first n of a vector's numbers, and zeros behind them.
 template <class T>

@@ -46,61 +46,67 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
     using V = Vec<S, W>;
     const Given& g = p.given;
     const bool backwards = g.sequences.reverse;
-    const int64_t n = t.columns, kind = g.kind;
+    const int64_t n = walked<S>(t), kind = g.kind;
     const Tile wide = numbers<PAIRS>(t);
-    Rows<T> i(g.i, g.i_strides, wide, backwards), f(g.f, g.f_strides, t, backwards);
-    Output<T> h(p.h, packed<PAIRS>(tiling.contiguous()), wide, backwards, tiling.around_cache());
+    PaddedRows<T, PAIRS> i(g.i, g.i_strides, t, backwards);
+    PaddedRows<T, false> f(g.f, g.f_strides, t, backwards);
+    Output<T> h(p.h, packed<PAIRS>(tiling.contiguous()), wide, backwards, n > t.columns || tiling.around_cache());
     const Constants<T, PAIRS, W> constant(g, t);
     State<T, PAIRS> state;
-    state.template enter<W>(start, n);
+    state.template enter<W>(start, t);
     for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(wide.columns)) {
+        const T *i_row = i.now(), *f_row = f.now();
         if constexpr (kShort<T> && !PAIRS && KIND == SILU) row_of_silu<W>(n, backwards, i, f, h, constant, state);
         else for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
             prefetch<false, W>(f, c), prefetch<PAIRS, W>(i, c), prefetch<PAIRS, W>(h, c);
             V gate, rest, upper = load<W>(constant.upper.at + slot);
-            open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(f.row + c), gate, rest);
+            open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(f_row + c), gate, rest);
             V decay = upper * gate + load<W>(constant.lower.at + slot), share = upper * rest;
-            auto x = read<PAIRS, W>(i.row, c);
+            auto x = read<PAIRS, W>(i_row, c);
             auto s = state.template get<W>(slot);
-            x.re = share * activated<KIND, W, S, kShort<T>>(kind, x.re);
+            x.re = activated<KIND, W, S, kShort<T>>(kind, x.re);
             if constexpr (PAIRS) {
-                x.im = share * activated<KIND, W, S, kShort<T>>(kind, x.im);
+                x.im = activated<KIND, W, S, kShort<T>>(kind, x.im);
                 V re = decay * load<W>(constant.cos + c), im = decay * load<W>(constant.sin + c);
-                x.re = re * s.re + (x.re - im * s.im);
-                x.im = re * s.im + (x.im + im * s.re);
+                x.re = multiply_add(re, s.re, multiply_add(share, x.re, -(im * s.im)));
+                x.im = multiply_add(re, s.im, multiply_add(share, x.im, im * s.re));
             } else {
-                x.re = decay * s.re + x.re;
+                x.re = multiply_add(share, x.re, decay * s.re);
             }
             state.template set<W>(slot, x);
             write<PAIRS, W>(h.row, c, x);
         });
     }
-    if (end) state.template leave<W>(end, n);
+    if (end) state.template leave<W>(end, t);
 }
 
 // What a tile does to a state: the product of its decays, and its end from zeros: h, or conj(decay[t]) dh against time.
-template <class T, bool PAIRS, int W, bool BACKWARD>
-void summarise(const Given& g, const void* dh, Strides dh_strides, const Tile& t, StateOf<T>* product,
+// x: the rows that are added, i or dh.
+template <class T, bool PAIRS>
+void summarise(const Given& g, bool backward, const void* x, Strides x_strides, const Tile& t, StateOf<T>* product,
                StateOf<T>* end) {
     using S = StateOf<T>;
+    constexpr int W = kLanes<S>;
     using V = Vec<S, W>;
-    const bool backwards = g.sequences.reverse != BACKWARD;
-    Rows<T> f(g.f, g.f_strides, t, backwards);
-    Rows<T> added(BACKWARD ? dh : g.i, BACKWARD ? dh_strides : g.i_strides, numbers<PAIRS>(t), backwards);
+    const bool backwards = g.sequences.reverse != backward;
+    const int64_t n = walked<S>(t);
+    PaddedRows<T, false> f(g.f, g.f_strides, t, backwards);
+    PaddedRows<T, PAIRS> added(x, x_strides, t, backwards);
     const Constants<S, PAIRS, W> constant(g, t);
     State<S, PAIRS> products, state;
-    state.template enter<W>(nullptr, t.columns);
-    for_vectors<W>(t.columns, false, [&](int64_t, int64_t slot) {
+    state.template enter<W>(nullptr, t);
+    for_vectors<W>(n, false, [&](int64_t, int64_t slot) {
         products.template set<W>(slot, {V{} + 1, V{}});
     });
     for (int64_t r = 0; r < t.rows; ++r, f.next(), added.next()) {
-        for_vectors<W>(t.columns, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+        const T *f_row = f.now(), *x_row = added.now();
+        for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
             prefetch<false, W>(f, c), prefetch<PAIRS, W>(added, c);
             V gate, rest, upper = load<W>(constant.upper.at + slot);
-            open_sigmoids<W, S, kShort<T>>(load<W>(f.row + c), gate, rest);
+            open_sigmoids<W, S, kShort<T>>(load<W>(f_row + c), gate, rest);
             V decay = upper * gate + load<W>(constant.lower.at + slot), share = upper * rest;
-            auto s = state.template get<W>(slot), p = products.template get<W>(slot), x = read<PAIRS, W>(added.row, c);
-            if constexpr (BACKWARD) {
+            auto s = state.template get<W>(slot), p = products.template get<W>(slot), x = read<PAIRS, W>(x_row, c);
+            if (backward) {
                 s.re += x.re, s.im += x.im;
             } else {
                 x.re = share * activated<KNOWN_LATER, W, S, kShort<T>>(g.kind, x.re);
@@ -109,17 +115,17 @@ void summarise(const Given& g, const void* dh, Strides dh_strides, const Tile& t
             auto times_decay = [&](Channels<S, PAIRS, W> v) INLINE_BODY {
                 if constexpr (!PAIRS) return Channels<S, PAIRS, W>{decay * v.re, v.im};
                 V re = decay * load<W>(constant.cos + c), im = decay * load<W>(constant.sin + c);
-                if (BACKWARD) im = -im;
+                if (backward) im = -im;
                 return Channels<S, PAIRS, W>{re * v.re - im * v.im, re * v.im + im * v.re};
             };
             products.template set<W>(slot, times_decay(p));
             s = times_decay(s);
-            if (!BACKWARD) s.re += x.re, s.im += x.im;
+            if (!backward) s.re += x.re, s.im += x.im;
             state.template set<W>(slot, s);
         });
     }
-    products.template leave<W>(product, t.columns);
-    state.template leave<W>(end, t.columns);
+    products.template leave<W>(product, t);
+    state.template leave<W>(end, t);
 }
 
 template <class Problem, class T, bool PAIRS>
@@ -145,18 +151,16 @@ void run(const Problem& p) {
             if constexpr (backward) backward_tile<T, PAIRS, KIND, W>(p, tiling, t, start, end);
             else forward_tile<T, PAIRS, KIND, W>(p, tiling, t, start, end);
         };
-        if (t.columns < full) with.template operator()<KNOWN_LATER, 1>();
-        else if (twice == full || t.columns < twice || g.kind != SILU) with.template operator()<KNOWN_LATER, full>();
+        if (twice == full || t.columns < twice || g.kind != SILU) with.template operator()<KNOWN_LATER, full>();
         else if constexpr (twice > full) with.template operator()<SILU, twice>();
     };
-    const void *dh = nullptr, *first;
+    const void *x, *first;
     void* last;
-    Strides dh_strides{};
-    if constexpr (backward) dh = p.dh, dh_strides = p.dh_strides, first = p.dfinal_state, last = p.dinitial_state;
-    else first = g.initial_state, last = p.final_state;
+    Strides x_strides;
+    if constexpr (backward) x = p.dh, x_strides = p.dh_strides, first = p.dfinal_state, last = p.dinitial_state;
+    else x = g.i, x_strides = g.i_strides, first = g.initial_state, last = p.final_state;
     auto summary = [&](const Tile& t, S* product, S* end) {
-        auto f = t.columns < full ? summarise<T, PAIRS, 1, backward> : summarise<T, PAIRS, full, backward>;
-        f(g, dh, dh_strides, t, product, end);
+        summarise<T, PAIRS>(g, backward, x, x_strides, t, product, end);
     };
     for_tiles<S>(tiling, sequences.reverse != backward, PAIRS, parts<PAIRS>, first, last, tile, walk, summary);
     if constexpr (backward) {

@@ -2,6 +2,7 @@
 // Complex channels are held apart in real and imaginary parts while they are computed with.
 #pragma once
 #include "../rows.h"
+#include "../vectors.h"
 #include "activation.h"
 
 struct Given {
@@ -111,6 +112,57 @@ INLINE void write(T* row, int64_t c, const Channels<S, PAIRS, W>& v) {
     }
 }
 
+template <bool PAIRS>
+constexpr int64_t parts = PAIRS ? 2 : 1;
+
+// The same tile of a tensor whose channels have two parts.
+template <bool PAIRS>
+Tile numbers(Tile t) {
+    t.column *= parts<PAIRS>, t.columns *= parts<PAIRS>;
+    return t;
+}
+
+// The channels that are walked through: a vector at least. Those beyond the tile are zeros, and nobody sees what comes
+// of them.
+template <class S>
+int64_t walked(const Tile& t) {
+    return std::max<int64_t>(t.columns, kLanes<S>);
+}
+
+// A row of a tile, or if it is narrower than a vector a copy of it with zeros behind.
+template <class T>
+struct Padded {
+    static constexpr int64_t kWhole = kLanes<StateOf<T>>;
+    // numbers to copy
+    int64_t few;
+    alignas(kCacheLine) T copy[2 * kWhole];
+
+    Padded(const Tile& t, int64_t parts) : few(t.columns < kWhole ? t.columns * parts : 0) {}
+    INLINE const T* operator()(const T* row) { return few == 0 ? row : copied(row); }
+    OUTLINE const T* copied(const T* row) {
+        std::memset(copy, 0, sizeof copy);
+        std::memcpy(copy, row, few * sizeof(T));
+        return copy;
+    }
+};
+
+// The rows of channels, or of numbers of channels, in the order of a walk.
+template <class T, bool PAIRS>
+struct PaddedRows : Rows<T> {
+    Padded<T> padded;
+    PaddedRows(const void* p, Strides s, const Tile& t, bool backwards)
+        : Rows<T>(p, s, numbers<PAIRS>(t), backwards), padded(t, parts<PAIRS>) {}
+    INLINE const T* now() { return padded(this->row); }
+};
+
+// write(row), where a row that is narrower than a vector gets the first of what is written.
+template <bool PAIRS, class S, class F>
+INLINE void write_padded(S* row, const Tile& t, const F& write) {
+    Padded<S> padded(t, parts<PAIRS>);
+    write(padded.few == 0 ? row : padded.copy);
+    std::memcpy(row, padded.copy, padded.few * sizeof(S));
+}
+
 // The state of a tile's channels, one slot for each of its vectors, whose lanes are ordered like those of rows of T.
 template <class T, bool PAIRS>
 struct State {
@@ -130,20 +182,23 @@ struct State {
     }
     // Null: zeros.
     template <int W>
-    OUTLINE void enter(const S* row, int64_t n) {
-        if (row == nullptr) row = reinterpret_cast<const S*>(zeros);
-        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) {
+    OUTLINE void enter(const S* row, const Tile& t) {
+        Padded<S> padded(t, parts<PAIRS>);
+        row = row == nullptr ? reinterpret_cast<const S*>(zeros) : padded(row);
+        for_vectors<W>(walked<S>(t), false, [&](int64_t c, int64_t slot) {
             auto v = read<PAIRS, W>(row, c);
             v.re = ordered<T, PAIRS>(v.re);
             set<W>(slot, v);
         });
     }
     template <int W>
-    OUTLINE void leave(S* row, int64_t n) const {
-        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) {
-            auto v = get<W>(slot);
-            v.re = unordered<T, PAIRS>(v.re);
-            write<PAIRS, W>(row, c, v);
+    OUTLINE void leave(S* row, const Tile& t) const {
+        write_padded<PAIRS>(row, t, [&](S* row) {
+            for_vectors<W>(walked<S>(t), false, [&](int64_t c, int64_t slot) {
+                auto v = get<W>(slot);
+                v.re = unordered<T, PAIRS>(v.re);
+                write<PAIRS, W>(row, c, v);
+            });
         });
     }
 };
@@ -160,31 +215,25 @@ const S* of_channels(const void* p, const Tile& t) {
     return p ? static_cast<const S*>(p) + t.column : reinterpret_cast<const S*>(zeros);
 }
 
-// The same tile of a tensor whose channels have two parts.
-template <bool PAIRS>
-Tile numbers(Tile t) {
-    if (PAIRS) t.column *= 2, t.columns *= 2;
-    return t;
-}
-
 // What is the same in every row of a tile: the bound and what it leaves to the gate, by slots, and the rotation.
 template <class T, bool PAIRS, int W>
 struct Constants {
     using S = StateOf<T>;
     Slots<S> lower, upper;
+    Padded<S> padded_cos, padded_sin;
     const S *cos, *sin;
 
-    OUTLINE Constants(const Given& g, const Tile& t) : cos(of_channels<S>(g.cos, t)), sin(of_channels<S>(g.sin, t)) {
-        const S* bound = of_channels<S>(g.lower_bound, t);
-        for_vectors<W>(t.columns, false, [&](int64_t c, int64_t slot) {
+    OUTLINE Constants(const Given& g, const Tile& t)
+        : padded_cos(t, 1), padded_sin(t, 1), cos(padded_cos(of_channels<S>(g.cos, t))),
+          sin(padded_sin(of_channels<S>(g.sin, t))) {
+        Padded<S> padded(t, 1);
+        const S* bound = padded(of_channels<S>(g.lower_bound, t));
+        for_vectors<W>(walked<S>(t), false, [&](int64_t c, int64_t slot) {
             auto v = ordered<T, PAIRS>(load<W>(bound + c));
             store(lower.at + slot, v), store(upper.at + slot, 1 - v);
         });
     }
 };
-
-template <bool PAIRS>
-constexpr int64_t parts = PAIRS ? 2 : 1;
 
 template <class T>
 constexpr bool kShort = sizeof(T) == 2;

@@ -29,10 +29,12 @@ struct Sum {
         run.template read<W>(nullptr, n);
     }
     template <int W>
-    OUTLINE void leave(S* row, int64_t n) const {
+    OUTLINE void leave(S* row, const Tile& t) const {
         if (!needed) return;
-        for_vectors<W>(n, false, [&](int64_t c, int64_t slot) {
-            store(row + c, unordered<T, PAIRS>(load<W>(total.at + slot)));
+        write_padded<false>(row, t, [&](S* row) {
+            for_vectors<W>(walked<S>(t), false, [&](int64_t c, int64_t slot) {
+                store(row + c, unordered<T, PAIRS>(load<W>(total.at + slot)));
+            });
         });
     }
 };
@@ -42,9 +44,10 @@ template <class T, bool PAIRS, int W>
 struct Gradient {
     using S = StateOf<T>;
     const bool backwards;
-    const int64_t kind;
+    const int64_t kind, columns;
     const Tile wide;
-    Rows<T> i, f, dh, before;
+    PaddedRows<T, PAIRS> i, dh, before;
+    PaddedRows<T, false> f;
     Output<T> di, df;
     const Constants<T, PAIRS, W> constant;
     // conj(decay[t+1]) dh[t+1], where dh is the whole gradient of a row
@@ -52,26 +55,31 @@ struct Gradient {
     Sum<T, PAIRS> dlower_bound, dtheta;
 
     Gradient(const Backward& p, const Tiling<S>& tiling, const Tile& t, bool around)
-        : backwards(!p.given.sequences.reverse), kind(p.given.kind), wide(numbers<PAIRS>(t)),
-          i(p.given.i, p.given.i_strides, wide, backwards), f(p.given.f, p.given.f_strides, t, backwards),
-          dh(p.dh, p.dh_strides, wide, backwards), before(p.h, p.h_strides, wide, backwards),
+        : backwards(!p.given.sequences.reverse), kind(p.given.kind), columns(t.columns), wide(numbers<PAIRS>(t)),
+          i(p.given.i, p.given.i_strides, t, backwards), dh(p.dh, p.dh_strides, t, backwards),
+          before(p.h, p.h_strides, t, backwards), f(p.given.f, p.given.f_strides, t, backwards),
           di(p.di, packed<PAIRS>(tiling.contiguous()), wide, backwards, around),
           df(p.df, tiling.contiguous(), t, backwards, around), constant(p.given, t) {}
 };
 
-// One row, with h[t-1] in its own format or in that of states.
-template <Kind KIND, int W, class T, bool PAIRS, class H>
-OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const H* h_before) {
+// One row. initial_state: h[t-1] of the first in time, else null.
+template <Kind KIND, int W, class T, bool PAIRS>
+OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const StateOf<T>* initial_state) {
     using S = StateOf<T>;
     using V = Vec<S, W>;
+    const T *f_row = g.f.now(), *i_row = g.i.now(), *dh_row = g.dh.now();
+    const T* h_before = initial_state ? nullptr : g.before.now();
+    if constexpr (std::is_same_v<S, T>) h_before = initial_state ? initial_state : h_before;
     for_vectors<W>(n, g.backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
         prefetch<false, W>(g.f, c), prefetch<false, W>(g.df, c), prefetch<PAIRS, W>(g.i, c);
         prefetch<PAIRS, W>(g.dh, c), prefetch<PAIRS, W>(g.before, c), prefetch<PAIRS, W>(g.di, c);
         V gate, rest, slope_re, slope_im, upper = load<W>(g.constant.upper.at + slot);
-        open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(g.f.row + c), gate, rest);
+        open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(f_row + c), gate, rest);
         V decay = upper * gate + load<W>(g.constant.lower.at + slot), share = upper * rest, ddecay;
-        auto x = read<PAIRS, W>(g.i.row, c), d = read<PAIRS, W>(g.dh.row, c), h = read<PAIRS, W>(h_before, c);
-        if constexpr (!std::is_same_v<H, T>) h.re = ordered<T, PAIRS>(h.re);
+        auto x = read<PAIRS, W>(i_row, c), d = read<PAIRS, W>(dh_row, c), h = d;
+        if constexpr (std::is_same_v<S, T>) h = read<PAIRS, W>(h_before, c);
+        else if (h_before) h = read<PAIRS, W>(h_before, c);
+        else h = read<PAIRS, W>(initial_state, c), h.re = ordered<T, PAIRS>(h.re);
         auto later = g.carry.template get<W>(slot);
         x.re = activated<KIND, W, S, kShort<T>>(g.kind, x.re, slope_re);
         d.re += later.re;
@@ -108,7 +116,7 @@ OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const H* h_before
         if (g.dlower_bound.needed) g.dlower_bound.add(slot, ddecay * rest);
     });
     g.di.next(g.wide.columns);
-    g.df.next(n);
+    g.df.next(g.columns);
     g.i.next(), g.f.next(), g.dh.next();
 }
 
@@ -117,23 +125,24 @@ void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Ti
                    StateOf<T>* end) {
     using S = StateOf<T>;
     const Sequences& s = p.given.sequences;
-    const int64_t n = t.columns;
-    Gradient<T, PAIRS, W> g(p, tiling, t, tiling.around_cache());
-    g.carry.template enter<W>(start, n);
+    const int64_t n = walked<S>(t);
+    Gradient<T, PAIRS, W> g(p, tiling, t, n > t.columns || tiling.around_cache());
+    g.carry.template enter<W>(start, t);
     g.dlower_bound.template start<W>(p.dlower_bound, n);
     g.dtheta.template start<W>(PAIRS ? p.dtheta : nullptr, n);
     for (int64_t r = t.continues ? 0 : 1; r < t.rows; ++r) {
         g.before.next();
-        backward_row<KIND, W>(g, n, g.before.row);
+        backward_row<KIND, W>(g, n, nullptr);
         if (r % Sum<T, PAIRS>::kRun == 0) g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
     }
     const S* initial_state = part<S>(p.given.initial_state, t.sequence, parts<PAIRS>, t, s);
-    if (initial_state == nullptr) initial_state = reinterpret_cast<const S*>(zeros);
-    if (t.rows > 0 && !t.continues) backward_row<KNOWN_LATER, W>(g, n, initial_state);
+    Padded<S> padded(t, parts<PAIRS>);
+    initial_state = initial_state == nullptr ? reinterpret_cast<const S*>(zeros) : padded(initial_state);
+    if (t.rows > 0 && !t.continues) backward_row<KIND, W>(g, n, initial_state);
     g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
-    if (end) g.carry.template leave<W>(end, n);
-    g.dlower_bound.template leave<W>(part<S>(p.lower_bound_partials, t.number, 1, t, s), n);
-    g.dtheta.template leave<W>(part<S>(p.theta_partials, t.number, 1, t, s), n);
+    if (end) g.carry.template leave<W>(end, t);
+    g.dlower_bound.template leave<W>(part<S>(p.lower_bound_partials, t.number, 1, t, s), t);
+    g.dtheta.template leave<W>(part<S>(p.theta_partials, t.number, 1, t, s), t);
 }
 
 }  // namespace
