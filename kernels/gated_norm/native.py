@@ -24,8 +24,8 @@ SERIAL_SIZE = 32768
 # numbers that a thread takes at a time, forward
 RUN_SIZE = 16384
 DEFAULT = {"around_cache_mib": 24}
-# native.h's Problem
-FIELDS = "11qd10q"
+# native.h's Problem, and what follows it
+FORWARD_FIELDS, BACKWARD_FIELDS = "11qd10q" + "q", "11qd10q" + "8q"
 _function = jit_cpp.functions(SOURCE)
 
 
@@ -61,7 +61,7 @@ def forward(
     y = pool.empty_like(x)
     _, _, H, V = x.shape
     run = max(1, RUN_SIZE // (H * V))
-    _function("gated_norm_forward", f"{FIELDS}q")(
+    _function("gated_norm_forward", FORWARD_FIELDS)(
         *_fields(*given, center, activation, gate_first, eps, run, config), y.data_ptr()
     )
     return (y,)
@@ -97,7 +97,7 @@ def backward(
     partials = None
     if runs > 1 and (dweight is not None or dbias is not None):
         partials = x.new_empty(runs, 2, H, V, dtype=wide)
-    _function("gated_norm_backward", f"{FIELDS}8q")(
+    _function("gated_norm_backward", BACKWARD_FIELDS)(
         *_fields(*given, center, activation, gate_first, eps, run, config),
         dy.data_ptr(),
         *dy.stride()[:2],
@@ -123,7 +123,7 @@ def _readable(
 def _widened(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if parameter.dtype != dtype:
         parameter = parameter.to(dtype)
-    return parameter if parameter.stride(1) == 1 else parameter.contiguous()
+    return parameter if parameter.is_contiguous() or parameter.stride(1) == 1 else parameter.contiguous()
 
 
 def _fields(
@@ -139,6 +139,11 @@ def _fields(
     config: Mapping[str, int],
 ) -> tuple[float, ...]:
     """The fields of native.h's Problem. A parameter that all heads share lies 0 numbers behind itself."""
+    batch, row, _, _ = x.stride()
+    opened = 0, 0, 0
+    if gate is not None:
+        gate_batch, gate_row, _, _ = gate.stride()
+        opened = gate.data_ptr(), gate_batch, gate_row
     return (
         *x.shape,
         center,
@@ -150,8 +155,9 @@ def _fields(
         x.nbytes >= config["around_cache_mib"] << 20,
         eps,
         x.data_ptr(),
-        *x.stride()[:2],
-        *((0, 0, 0) if gate is None else (gate.data_ptr(), *gate.stride()[:2])),
-        *((0, 0) if weight is None else (weight.data_ptr(), weight.stride(0))),
-        *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))),
+        batch,
+        row,
+        *opened,
+        *((0, 0) if weight is None else (weight.data_ptr(), weight.stride()[0])),
+        *((0, 0) if bias is None else (bias.data_ptr(), bias.stride()[0])),
     )
