@@ -13,4 +13,4 @@ def test_values_and_gradients() -> None:
 
 @pytest.mark.long
 def test_every_kernel() -> None:
-    assert run("short_conv_compile.py", "-m", "long", interpret=False) >= 1000
+    assert run("short_conv_compile.py", "-m", "long", interpret=False) >= 500

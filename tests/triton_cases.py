@@ -14,6 +14,7 @@ import torch
 from kernels.agreement import Expected, Inputs, draw, pose
 from kernels.catalogue import OPS
 from kernels.op import Backend, Op
+from kernels.triton_aot import Compiled
 
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 # Of decays or parameters, and of sequences
@@ -73,6 +74,15 @@ def without(inputs: Inputs, name: str) -> Inputs:
 def distinct(configs: Sequence[dict[str, int]]) -> list[dict[str, int]]:
     """Without those that are no other code: how many steps a chunk has is an argument."""
     return list({str({**config, "split": "split" in config}): config for config in configs}.values())
+
+
+def check_resources(found: Compiled) -> None:
+    """No spills, and a quarter of the warps resident; and that of a kernel, not of the bare trap that the compiler can
+    leave in its place."""
+    assert found.registers >= 16, found
+    assert sum(found.stores.values()) > 0, found
+    assert found.spills == 0, found
+    assert found.occupancy >= 0.25, found
 
 
 def size(*tensors: torch.Tensor | None) -> int:

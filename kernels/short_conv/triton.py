@@ -40,26 +40,25 @@ def cannot(problem: Problem) -> list[str]:
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first.
 
-    CT: rows of a program. BT: rows read before the first of them is worked on. columns: of a thread, for up to four
-    taps and numbers of up to 4 bytes. num_warps: warps side by side. num_stages: groups of BT rows in work or on their
-    way, if BT is at least W - 1. With these at least a quarter of the warps that a GPU can hold are resident. Backward,
-    more columns do not fit the registers that this leaves to a thread, and in 64 bits only half as many.
+    CT: rows of a program. BT: of a tile; num_stages: of those in work or on their way, if BT is at least W - 1.
+    num_warps: warps side by side. With up to 8 taps (float64: 4) at least a quarter of the warps that a GPU can hold
+    are resident; with more, in 16 bits, a thread moves but 8 bytes at a time backward.
     Beside its rows a program moves its taps, those at its borders, and backward its sums, W + 1 numbers for each of its
     columns: in bfloat16 4 % of all bytes forward with 128 rows, backward 10 % with 128 and 2 % with 512.
     """
-    sizes, forward, itemsize = problem.sizes, problem.direction == "forward", problem.dtypes["x"].itemsize
-    short = {"CT": 32, "BT": 4, "columns": 4, "num_warps": 1, "num_stages": 3}
-    if not forward:
-        short |= {"BT": 3, "columns": 4 if itemsize < 8 else 2, "num_stages": 2}
+    sizes, forward = problem.sizes, problem.direction == "forward"
+    few = not forward or problem.dtypes["x"].itemsize == 8
+    short = {"CT": 32, "BT": 4 if few else 8, "num_warps": 1, "num_stages": 3}
     longer = [128] if forward else [128, 512]
     first = sum(sizes["B"] * sizes["T"] * sizes["D"] >= MANY_NUMBERS * rows // 128 for rows in longer)
     found = [{**short, "CT": rows} for rows in (32, *longer)]
     order = [found.pop(first), *found]
-    # More at a time where a thread's registers allow it, and less, so that more threads are resident, where they do not
-    if not forward:
-        return [*order, {**short, "BT": 2, "num_stages": 1}]
-    wide = {"columns": 8} if itemsize == 2 else {"BT": 8}
-    return [*order, {**short, "num_stages": 1}, {**short, **wide, "num_stages": 1}]
+    return [*order, {**short, "BT": 12 - short["BT"], "num_stages": 2}, {**short, "num_stages": 1}]
+
+
+def _two(dtype: torch.dtype, taps: int) -> bool:
+    """Whether a thread has two columns, which many taps leave no registers for."""
+    return dtype.itemsize == 2 and taps <= 8
 
 
 def forward(
@@ -182,10 +181,8 @@ class _Given:
         batch, length, D = self.x.shape
         W, config = self.weight.shape[1], self.config
         units = in_units(D, distances(read) | {out_batch: 0 if batch == 1 else length * D})
-        # The columns of a thread share its registers
-        state = state_dtype(self.x.dtype)
-        columns = max(1, config["columns"] * 16 // (max(4, triton.next_power_of_2(W)) * state.itemsize))
-        block = config["num_warps"] * self.lanes * columns
+        state, two = state_dtype(self.x.dtype), _two(self.x.dtype, W)
+        block = config["num_warps"] * self.lanes * (2 if two else 1)
         arguments: dict[str, Any] = {
             **read,
             **rest,
@@ -200,12 +197,15 @@ class _Given:
             "REVERSE": self.reverse,
             "SILU": self.activation == "silu",
             "W": W,
+            "P": triton.next_power_of_2(max(W - 1, 4)),
             "STATE": CONSTANTS[state],
+            "TWO": two,
             "CT": config["CT"],
             "BT": config["BT"],
             "BD": block,
             "STAGES": stages(config, self.lanes),
         }
-        # NVIDIA's assembler else takes some more for the window and the sums, and fewer warps are resident
-        registers = 128 if kernel is conv_backward else None
+        # NVIDIA's assembler else takes some more for the window and the sums, and fewer warps are resident; but many
+        # wide taps need more
+        registers = 128 if kernel is conv_backward and W * state.itemsize <= 64 else None
         return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"], registers=registers)
