@@ -180,7 +180,7 @@ def _sequences(
     total = shape[0] * shape[1] * columns
     return (
         address(cu_seqlens),
-        sequences(x, cu_seqlens),
+        shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         shape[1],
         columns,
         reverse,
