@@ -61,14 +61,13 @@ def compared(
 ) -> tuple[list[Measured], list[str]]:
     """Every row's last measurement, and what has none, or was not measured again, with the reason. start: gives the
     trees before and after, in new processes."""
-    begin, found, notes = clock(), dict[str, Measured](), list[str]()
+    found, notes = dict[str, Measured](), list[str]()
+    with start() as sides:
+        compile_all(wanted, sides)
+    begin = clock()
 
     def measured(those: Sequence[Row], until: float, most: float) -> None:
-        nonlocal begin
         with start() as sides:
-            if not found:
-                compile_all(those, sides)
-                begin = clock()
             for number, row in enumerate(those):
                 left = begin + 60 * minutes * until - clock()
                 if left <= 0:
