@@ -17,7 +17,7 @@ from kernels import triton_aot, triton_sums
 from kernels.gated_norm.triton_kernels import norm_backward, norm_forward
 from kernels.memory import contiguous, heads_side_by_side
 from kernels.problem import Problem, state_dtype
-from kernels.triton_launch import CONSTANTS, Launch, compile_all, distances, in_units, lanes, missing
+from kernels.triton_launch import CONSTANTS, Launch, compile_all, distances, in_units, lanes, missing, stages
 
 INTERPRETED = not isinstance(norm_forward, triton.JITFunction)
 ACTIVATIONS = ("identity", "silu", "sigmoid")
@@ -48,13 +48,14 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first.
 
     numbers: of a tile and a thread, for numbers of up to 4 bytes. warps: at least as many warps share a tile, if heads
-    are wide. CT: rows of a program backward.
+    are wide. CT: rows of a program backward, num_stages: tiles of those in work or on their way. Forward a program has
+    one tile, and other programs work while it waits.
     """
     if problem.direction == "forward":
         return [{"numbers": 16, "warps": 4}, {"numbers": 8, "warps": 4}, {"numbers": 16, "warps": 1}]
     many = problem.sizes["B"] * problem.sizes["T"] * problem.sizes["H"] >= MANY_ROWS
     rows = [LONG, SHORT] if many else [SHORT, LONG]
-    return [{"numbers": 8, "warps": warps, "CT": count} for warps in (4, 1) for count in rows]
+    return [{"numbers": 8, "warps": warps, "CT": count, "num_stages": 2} for warps in (4, 1) for count in rows]
 
 
 def forward(
@@ -153,6 +154,7 @@ class _Given:
             partial = self.x.new_empty((chunks, 2, heads * width), dtype=state)
         read = {"x": self.x, "gate": self.gate, "dy": dy}
         kinds = {"DWEIGHT": dweight is not None, "DBIAS": dbias is not None, "CT": self.config["CT"]}
+        kinds["STAGES"] = stages(self.config, self.lanes)
         written = {"dx": dx, "dgate": dgate, "partial": partial, **kinds}
         launches = [self._launch(norm_backward, read, written, self.config["CT"])]
         if partial is not None:

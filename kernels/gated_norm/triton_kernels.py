@@ -70,7 +70,7 @@ def norm_backward(
     dy, x, gate, weight, bias, dx, dgate, partial, rows, T, H, x_b, x_t, gate_b, gate_t, dy_b, dy_t,
     V: tl.constexpr, UNIT: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr, ACTIVATION: tl.constexpr,
     GATE_FIRST: tl.constexpr, STATE: tl.constexpr, R: tl.constexpr, BV: tl.constexpr, CT: tl.constexpr,
-    DWEIGHT: tl.constexpr, DBIAS: tl.constexpr,
+    STAGES: tl.constexpr, DWEIGHT: tl.constexpr, DBIAS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
@@ -79,7 +79,9 @@ def norm_backward(
     dbias = tl.zeros([R, BV], STATE)
     if weight is not None:
         w = _parameter(weight, head, column, V, STATE)
-    for begin in tl.range(chunk * CT, tl.minimum(chunk * CT + CT, rows), R):
+    if bias is not None:
+        b = _parameter(bias, head, column, V, STATE)
+    for begin in tl.range(chunk * CT, tl.minimum(chunk * CT + CT, rows), R, num_stages=STAGES):
         row = begin + tl.arange(0, R)
         inside = (row < rows)[:, None] & (column < V)[None, :]
         u = tl.load(x + _places(row, head, x_b, x_t, T, column, V, UNIT), inside, other=0.0).to(STATE)
@@ -100,7 +102,7 @@ def norm_backward(
             if weight is not None:
                 z *= w
             if bias is not None:
-                z += _parameter(bias, head, column, V, STATE)
+                z += b
             tl.store(dgate + place, (slope * z).to(dgate.dtype.element_ty), inside)
         if DWEIGHT:
             dweight += dz * n

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_cases import BFLOAT16, FLOAT32, FLOAT64, TARGETS
+from triton_cases import BFLOAT16, FLOAT32, FLOAT64, TARGETS, check_resources
 
 from kernels.gated_norm import triton as backend
 from kernels.problem import Problem
@@ -18,7 +18,10 @@ SIZES = ((64, 8), (512, 1), (1000, 1), (4096, 1))
 def check(
     target: str, direction: str, dtype: torch.dtype, size: tuple[int, int], count: int | None, **facts: Any
 ) -> None:
-    """No spills, and 16 bytes at a time. count: of configs, from the default on; None: all."""
+    """No spills, a quarter of the warps resident, 16 bytes at a time, and asynchronous copies in the loop on NVIDIA.
+
+    Forward there is no loop: a program has one tile. count: of configs, from the default on; None: all.
+    """
     sizes = {"B": 4, "T": 2048, "H": size[1], "V": size[0], "N": 4}
     options = {"center": True, "activation": "silu", "gate_first": False, "eps": 1e-5, "packed": False}
     options |= dict.fromkeys(("gate", "weight", "bias"), True)
@@ -26,17 +29,21 @@ def check(
     dtypes = {"x": dtype, "gate": dtype, "weight": wide, "bias": wide}
     problem = Problem("gated_norm", direction, torch.device("cuda"), dtypes, sizes, {**options, **facts})
     assert backend.cannot(problem) == []
-    for config in backend.configs(problem)[:count]:
+    configs = [{**config, "CT": 32} if "CT" in config else config for config in backend.configs(problem)]
+    # How many rows a program has is no other code
+    for config in list({str(config): config for config in configs}.values())[:count]:
         first, *rest = backend.compile_for(target, problem, config)
         assert len(rest) == (direction == "backward")
         for found in (first, *rest):
-            assert found.spills == 0, found
-            assert found.occupancy >= 0.25, found
+            check_resources(found)
         # Forward x, gate and y, backward dy and one more gradient besides
         assert first.loads[16] >= (2 if direction == "forward" else 3), first
         assert first.stores[16] >= (1 if direction == "forward" else 2), first
         # narrower are parameters only
         assert min(first.loads) >= 8, first
+        if direction == "backward" and target.startswith("sm_"):
+            # dy, x and gate, of two tiles; all else is weights and biases
+            assert first.asynchronous >= max(6, sum(first.loads.values()) - 4), first
 
 
 REPRESENTATIVE = [

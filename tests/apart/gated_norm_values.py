@@ -14,7 +14,7 @@ from kernels.gated_norm import OP
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
 BACKEND = OP.backend("triton")
-CONFIG = {"numbers": 2, "warps": 1, "CT": 8}
+CONFIG = {"numbers": 2, "warps": 1, "CT": 8, "num_stages": 2}
 FACTS = {
     "size": ((1, 1), (2, 3), (8, 2), (17, 2), (33, 1), (130, 1)),
     "length": (1, 3, 9),
