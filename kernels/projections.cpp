@@ -1,14 +1,15 @@
 // Several linear maps of a few rows: y = x Wᵀ + b for each. Threads share the rows of all matrices.
 #include <algorithm>
 
+#include "linear_map.h"
 #include "parallel.h"
-#include "vectors.h"
 
 namespace {
 
 struct Map {
-    const void *x, *weight, *bias;  // [rows, width], [outputs, width], [outputs]; bias may be null: zeros
-    void* y;                    // [rows, outputs]
+    const void* x;  // [rows, width]
+    LinearMap map;
+    void* y;  // [rows, outputs]
     int64_t outputs;
 };
 
@@ -18,53 +19,27 @@ struct Problem {
     Map maps[];
 };
 
-// Outputs that are computed side by side, and those that a thread takes at a time.
-constexpr int64_t kBlock = 4, kChunk = 64;
+// Outputs that a thread takes at a time.
+constexpr int64_t kChunk = 64;
 
 int64_t chunks(const Map& map) { return (map.outputs + kChunk - 1) / kChunk; }
 
-// Outputs o to o + N - 1. The products of an output are added in one order, whichever outputs are computed beside it.
-template <int64_t N, class T>
-void outputs(const Problem& p, const Map& map, int64_t o) {
-    using S = StateOf<T>;
-    constexpr int W = kLanes<S>;
-    const T* weight = static_cast<const T*>(map.weight) + o * p.width;
-    const T* bias = static_cast<const T*>(map.bias);
-    const int64_t whole = p.width / W * W;
-    for (int64_t r = 0; r < p.rows; ++r) {
-        const T* x = static_cast<const T*>(map.x) + r * p.width;
-        Lanes<S> sums[N] = {};
-        for (int64_t i = 0; i < whole; i += W) {
-            Lanes<S> v = load<W>(x + i);
-            UNROLL
-            for (int n = 0; n < N; ++n) sums[n] = multiply_add(load<W>(weight + n * p.width + i), v, sums[n]);
-        }
-        if (whole < p.width) {
-            const int64_t rest = p.width - whole;
-            Lanes<S> v = load_some(x + whole, rest);
-            UNROLL
-            for (int n = 0; n < N; ++n)
-                sums[n] = multiply_add(load_some(weight + n * p.width + whole, rest), v, sums[n]);
-        }
-        T* y = static_cast<T*>(map.y) + r * map.outputs + o;
-        for (int n = 0; n < N; ++n) {
-            S total = sum(sums[n]);
-            if (bias) total += load<1>(bias + o + n)[0];
-            store(y + n, Vec<S, 1>{total});
-        }
-    }
-}
-
 template <class T>
 void run(const Problem& p) {
+    using S = StateOf<T>;
     int64_t total = 0;
     for (int64_t m = 0; m < p.count; ++m) total += chunks(p.maps[m]);
     parallel_for(total, p.threads, [&](int64_t chunk) {
         const Map* map = p.maps;
         for (; chunk >= chunks(*map); ++map) chunk -= chunks(*map);
-        int64_t o = chunk * kChunk, end = std::min(o + kChunk, map->outputs);
-        for (; o + kBlock <= end; o += kBlock) outputs<kBlock, T>(p, *map, o);
-        for (; o < end; ++o) outputs<1, T>(p, *map, o);
+        const int64_t first = chunk * kChunk, end = std::min(first + kChunk, map->outputs);
+        S made[kRows * kChunk];
+        for (int64_t r = 0; r < p.rows; r += kRows) {
+            const int64_t rows = std::min<int64_t>(kRows, p.rows - r);
+            outputs_of<T>(map->map, static_cast<const T*>(map->x) + r * p.width, rows, p.width, first, end, made, kChunk);
+            for (int64_t k = 0; k < rows; ++k)
+                copy_converted(made + k * kChunk, end - first, static_cast<T*>(map->y) + (r + k) * map->outputs + first);
+        }
     });
 }
 

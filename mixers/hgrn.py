@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from kernels.hgru import hgru
+from kernels.hgru.step import SOURCE, step
+from kernels.lone import alone
 from kernels.problem import state_dtype
+from kernels.projections import ROWS
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
 from mixers.parts import LowerBounded, choice
-from mixers.projections import project
+from mixers.projections import project, untouched
 from mixers.recompute import in_chunks
 from mixers.registry import register
+
+_LINEAR = nn.Linear.forward
 
 
 @register
@@ -109,10 +114,37 @@ class HGRN(LowerBounded, SequenceMixer):
         return state
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        if x.shape[1] == 1 and (found := self._alone(x, state, cu_seqlens)) is not None:
+            return found
         rows = project(x, self.i_proj, self.f_proj, self.g_proj)
         if self.recompute:
             return in_chunks(self._mix, rows, state, cu_seqlens)
         return self._mix(rows, state, cu_seqlens)
+
+    def _alone(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any] | None:
+        """A token of a sequence or few in one native call; None where modules and ops are to be asked, or to refuse."""
+        plain = type(self) is HGRN and self.causal and not (self.recompute or self.short_conv)
+        if not plain or x.shape[0] > ROWS or nn.Linear.forward is not _LINEAR:
+            return None
+        if not alone(x, cu_seqlens, self.backend, SOURCE):
+            return None
+        modules, maps = self._modules, []
+        norm: Any = modules["norm"]
+        for name in ("i_proj", "f_proj", "g_proj", "o_proj"):
+            module: Any = modules[name]
+            if type(module) is not nn.Linear or not untouched(module, nn.Linear):
+                return None
+            own = module._parameters
+            # False: what is no parameter is nothing that can be read
+            maps.append((own.get("weight", False), own.get("bias", False)))
+        if type(norm) is not GatedNorm or not untouched(norm, GatedNorm) or norm.activation != "silu":
+            return None
+        theta = self._parameters.get("theta", False) if self.complex else None
+        found = step(
+            x, state["h"], maps, (norm.weight, norm.bias), theta, self._gamma(x), width=self.width, center=norm.center,
+            gate_first=norm.gate_first, eps=norm.eps,
+        )  # fmt: skip
+        return None if found is None else (found[0], {**state, "h": found[1]})
 
     def _mix(self, rows: Sequence[Tensor], state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """All that follows the projections i, f, g."""
@@ -134,11 +166,11 @@ class HGRN(LowerBounded, SequenceMixer):
         self, i: Tensor, f: Tensor, h: Tensor | None, direction: int, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The hidden states of raw projections, [B, T, D] or pairs [B, T, D, 2], and the last one."""
-        wide, bound = state_dtype(f.dtype), self.lower_bound()
+        wide, bound = state_dtype(f.dtype), self._gamma(f)
         gamma: Tensor | None = None
         theta: Tensor | None = None
         if isinstance(bound, Tensor):
-            gamma = bound.to(wide).expand(self.width)
+            gamma = bound
         elif bound:
             gamma = torch.full((self.width,), bound, dtype=wide, device=f.device)
         if self.complex:
@@ -146,6 +178,11 @@ class HGRN(LowerBounded, SequenceMixer):
             i, theta = i.unflatten(-1, (self.width, 2)), self.theta[direction].to(wide)
         reverse = direction == 1
         return hgru(i, f, gamma, theta, h, reverse=reverse, cu_seqlens=cu_seqlens, backend=self.backend)
+
+    def _gamma(self, x: Tensor) -> Tensor | float:
+        """The lower bound: a number, or [D] in the state dtype beside x."""
+        bound = self.lower_bound()
+        return bound.to(state_dtype(x.dtype)).expand(self.width) if isinstance(bound, Tensor) else bound
 
 
 def _convolve(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,8 @@ def _parameters(m: Any, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tenso
     if x is not first and not (_few(x) and x.dtype is first.dtype):
         return None
     own, dtype = m.__dict__["_parameters"], first.dtype
-    weight, bias = own.get("weight"), own.get("bias")
+    # False: what is no parameter is nothing that can be read
+    weight, bias = own.get("weight"), own.get("bias", False)
     if not _plain(weight, dtype) or weight.ndim != 2 or weight.shape[1] != first.shape[-1]:
         return None
     if bias is not None and not (_plain(bias, dtype) and bias.shape == weight.shape[:1]):

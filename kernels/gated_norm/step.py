@@ -30,8 +30,10 @@ def step(x: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | N
         parameters.append(t)
     if not readable(x, (gate,), parameters):
         return None
-    if gate is not None and not (gate.is_contiguous() and gate.shape in ((batch, one, H * width), x.shape)):
-        return None
+    if gate is not None:
+        if not (gate.is_contiguous() and gate.shape in ((batch, one, H * width), x.shape)):
+            return None
+        gate = gate.view(rows.shape)
     weight, bias = parameters
     (y,) = native.forward(rows, gate, weight, bias, None, **options, config=native.DEFAULT)
     return y.view(batch, one, -1)
