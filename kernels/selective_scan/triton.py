@@ -34,6 +34,11 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
 
     numbers: of the states to a thread. num_warps: of a program, which has so many channels as that allows. rows: from
     one state that is kept for the backward pass to the next.
+
+    A thread moves states by 16 bytes, but rows by fewer: those of x and delta have few channels to a program, as the
+    states of these fill its registers (16 of 16 numbers to a warp: 32 bytes of a row in 16 bits), and those of B and C
+    are K numbers. Nor is there a copy on its way ahead of the row: the kernels run in one stage, because they read what
+    they have left in memory.
     """
     if problem.direction == "forward":
         return [

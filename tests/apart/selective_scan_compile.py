@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_cases import BFLOAT16, FLOAT32, FLOAT64, TARGETS
+from triton_cases import BFLOAT16, FLOAT32, FLOAT64, TARGETS, check_resources
 
 from kernels.problem import Problem
 from kernels.selective_scan import triton as backend
@@ -15,7 +15,10 @@ from kernels.selective_scan import triton as backend
 def check(
     target: str, direction: str, config: int | None, dtype: torch.dtype = BFLOAT16, keys: int = 16, **facts: Any
 ) -> None:
-    """No spills, and a quarter of the warps resident. config: its place; None: every one."""
+    """No spills, a quarter of the warps resident, and states by 16 bytes. config: its place; None: every one.
+
+    Rows go by 2 to 8 bytes and without asynchronous copies (`configs` in kernels/selective_scan/triton.py has why).
+    """
     sizes = {"B": 2, "T": 2048, "D": 1024, "K": keys, "N": 2}
     options = {"D": True, "initial_state": True, "packed": False, **facts}
     if options["packed"]:
@@ -25,8 +28,10 @@ def check(
     configs = backend.configs(problem)
     for each in configs if config is None else [configs[config]]:
         for found in backend.compile_for(target, problem, each):
-            assert found.spills == 0, found
-            assert found.occupancy >= 0.25, found
+            check_resources(found)
+            # Backward, a thread of AMD's wide warps has but two numbers of a state
+            wide = 8 if direction == "backward" and target.startswith("gfx") else 16
+            assert keys < 16 or min(max(found.loads), max(found.stores)) >= wide, found
 
 
 @pytest.mark.parametrize("target", TARGETS)
