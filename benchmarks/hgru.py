@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from limits import Row, main, medians, trainer
@@ -86,21 +87,22 @@ def layer_rows(layer: mixers.SequenceMixer, kind: str, limit: float, rounds: int
 
 def decoding(rounds: int) -> Iterator[Row]:
     """One token of one sequence."""
-    layer, x = mixers.build("hgrn", 512, complex=False), torch.randn(1, 1, 512)
-    with torch.no_grad():
-        state = layer(x)[1]
-
-    def bare() -> None:
+    for kind in ("real", "complex"):
+        layer, x = mixers.build("hgrn", 512, complex=kind == "complex"), torch.randn(1, 1, 512)
         with torch.no_grad():
-            projections(layer, x)
+            state = layer(x)[1]
 
-    def step() -> None:
-        with torch.no_grad():
-            layer(x, state)
+        def bare(layer: mixers.SequenceMixer = layer, x: Tensor = x) -> None:
+            with torch.no_grad():
+                projections(layer, x)
 
-    alone, whole = medians([bare, step], 10 * rounds)
-    detail = f"{whole * 1e6:.0f} µs, {alone * 1e6:.0f} µs"
-    yield Row("decoding, layer / its projections, real", whole / alone, 1.3, "×", detail)
+        def step(layer: mixers.SequenceMixer = layer, x: Tensor = x, state: Any = state) -> None:
+            with torch.no_grad():
+                layer(x, state)
+
+        alone, whole = medians([bare, step], 10 * rounds)
+        detail = f"{whole * 1e6:.0f} µs, {alone * 1e6:.0f} µs"
+        yield Row(f"decoding, layer / its projections, {kind}", whole / alone, 1.3, "×", detail)
 
 
 def projections(layer: mixers.SequenceMixer, x: Tensor) -> list[Tensor]:

@@ -17,6 +17,8 @@ from limits import medians, trainer
 from torch import Tensor
 
 import mixers
+from kernels.hgru.step import SOURCE, step
+from kernels.jit_cpp import reason
 
 Part = tuple[str, Callable[[], object]]
 
@@ -79,10 +81,23 @@ def layers(rounds: int) -> Iterator[str]:
 
 
 def decoding(rounds: int) -> Iterator[str]:
-    layer, x = mixers.build("hgrn", 512, complex=False), torch.randn(1, 1, 512)
-    with torch.no_grad():
-        state = layer(x)[1]
-    yield layer_parts(layer, x, state, "a step of decoding", 10 * rounds)
+    """The whole layer is one native call, beside which there is only what finds and checks the tensors it reads."""
+    for kind in ("real", "complex"):
+        layer: Any = mixers.build("hgrn", 512, complex=kind == "complex")
+        x, what = torch.randn(1, 1, 512), f"a step of decoding, {kind}"
+        with torch.no_grad():
+            state = layer(x)[1]
+        if reason(SOURCE):
+            yield layer_parts(layer, x, state, what, 10 * rounds)
+            continue
+        maps = [(m.weight, m.bias) for m in (layer.i_proj, layer.f_proj, layer.g_proj, layer.o_proj)]
+        norm, theta = layer.norm, layer.theta if layer.complex else None
+        options = {"width": layer.width, "center": norm.center, "gate_first": norm.gate_first, "eps": norm.eps}
+        call = partial(step, x, state["h"], maps, (norm.weight, norm.bias), theta, layer.lower_bound(), **options)
+        runs = [partial(layer, x, state), call, partial(recurrence.projections, layer, x)]
+        whole, called, projected = medians([without_gradients(run, [], layer) for run in runs], 10 * rounds)
+        line = said(what, whole, [("the call", called)], "what goes before it")
+        yield f"{line}; torch's projections alone {1e3 * projected:.2f} ms"
 
 
 def layer_parts(layer: Any, x: Tensor, state: Any, what: str, rounds: int) -> str:
