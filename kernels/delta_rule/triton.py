@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 import triton
 from torch import Tensor
 
@@ -71,17 +70,17 @@ def backward(
 
 def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[Compiled]:
     """Compiles what the problem would launch for a GPU that need not be there, such as "sm_90" or "gfx942"."""
-    tensors, nvidia = matrix.shapes(problem, (), ("beta",)), target.startswith("sm_")
-    given = _recurrence(**tensors, scale=0.125, config=config, nvidia=nvidia)  # type: ignore[arg-type]
+    tensors = matrix.shapes(problem, (), ("beta",))
+    given = _recurrence(**tensors, scale=0.125, config=config, target=target)  # type: ignore[arg-type]
     return given.compiled(target, problem.direction)
 
 
 def _recurrence(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, config: Mapping[str, int],
-    nvidia: bool = torch.version.hip is None,
+    target: str | None = None,
 ) -> matrix.Recurrence | chunks.Chunks:  # fmt: skip
     rows = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
     if "chunk" in config:
-        return chunks.Chunks(rows, initial_state, cu_seqlens, scale, config, nvidia)
+        return chunks.Chunks(rows, initial_state, cu_seqlens, scale, config, target or chunks.target_of(q.device))
     return matrix.Recurrence((delta_forward, delta_backward), rows, initial_state, cu_seqlens, scale, config)

@@ -1,14 +1,16 @@
 """The Triton kernels of the delta rule in chunks of C rows; docs/derivations/delta_rule.md has the equations.
 
-First (I + A diag(β))⁻¹, for all chunks at once: what is below its diagonal. Then two walks over the chunks of a
-sequence, with the state or its gradient in registers: forward, which makes the outputs, or leaves the state that enters
-each chunk in `entering` and u before its strength in `errors`; and against time, which leaves the gradient of the state
-that leaves each chunk in `leaving`, and that of the values. Between these two states a chunk's other gradients are its
-own business: they are made for all chunks at once, by a program each that has all values, so that no sum is in parts.
+First (I + A diag(β))⁻¹, for all chunks at once: what is below its diagonal, and beside it the products of rows that the
+others want, M as `reads` and A as `overlaps`. Then two walks over the chunks of a sequence, with the state or its
+gradient in registers, BLOCKS tiles of BK keys: forward, which makes the outputs, or leaves the state that enters each
+chunk in `entering` and u before its strength in `errors`; and against time, which leaves the gradient of the state that
+leaves each chunk in `leaving`, and that of the values. Between these two states a chunk's other gradients are its own
+business: they are made for all chunks at once, by a program each that has all values, so that no sum is in parts.
 
 Tiles are turned so that a product has many rows, 16 to a warp: states are [values, keys], rows of values [values, C].
 Rows past the end of a sequence are zeros, which do nothing. Everything is computed in float32. PRECISE is what products
-of any numbers are computed with; a factor that is an input is NARROW where it has 16 bits, whose digits TF32 has.
+of any numbers are computed with; a factor that is an input is NARROW where it has 16 bits, whose digits TF32 has. Sizes
+are known to the compiler where a program has many places to hold.
 """
 # The language is Triton's, whose types mypy does not know
 # mypy: ignore-errors
@@ -23,18 +25,34 @@ from kernels.triton_matrix import place
 
 
 @triton.jit
-def added(sums, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr):
-    # sums + a @ b; NARROW: b has few digits
-    if NARROW and PRECISE == "tf32x3":
-        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        return tl.dot(a - high, b, tl.dot(high, b, sums, input_precision="tf32"), input_precision="tf32")
-    else:
-        return tl.dot(a, b, sums, input_precision=PRECISE)
+def high_part(x):
+    # The digits that TF32 has, to nearest: the rest is twice as small, and that of two factors is left out
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def product(a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr):
-    return added(tl.zeros([a.shape[0], b.shape[1]], tl.float32), a, b, NARROW, PRECISE)
+    # a @ b; NARROW: b has few digits. What is small comes first; Triton's own tf32x3 takes more registers
+    if PRECISE == "tf32x3":
+        high, found = high_part(a), tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+        if not NARROW:
+            rest = b - high_part(b)
+            b = high_part(b)
+            found = tl.dot(high, rest, found, input_precision="tf32")
+        found = tl.dot(a - high, b, found, input_precision="tf32")
+        return tl.dot(high, b, found, input_precision="tf32")
+    else:
+        return tl.dot(a, b, input_precision=PRECISE)
+
+
+@triton.jit
+def added(sums, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr):
+    # sums + a @ b, in the registers of the sums where they are many
+    if NARROW and PRECISE == "tf32x3":
+        high = high_part(a)
+        return tl.dot(a - high, b, tl.dot(high, b, sums, input_precision="tf32"), input_precision="tf32")
+    else:
+        return sums + product(a, b, NARROW, PRECISE)
 
 
 @triton.jit
@@ -76,9 +94,20 @@ def load_state(states, index, K, V, keys, values):
 
 
 @triton.jit
-def store_state(states, index, K, V, keys, values, state):
-    inside = (values < V)[:, None] & (keys < K)[None, :]
-    tl.store(states + index * K * V + (keys[None, :] * V + values[:, None]), state, inside)
+def load_blocks(states, index, K, V, values, BK: tl.constexpr, BLOCKS: tl.constexpr):
+    # The same, BK keys to each tile of a tuple
+    blocks = ()
+    for b in tl.static_range(BLOCKS):
+        blocks += (load_state(states, index, K, V, b * BK + tl.arange(0, BK), values),)
+    return blocks
+
+
+@triton.jit
+def store_blocks(states, index, K, V, values, blocks, BK: tl.constexpr, BLOCKS: tl.constexpr):
+    for b in tl.static_range(BLOCKS):
+        keys = b * BK + tl.arange(0, BK)
+        inside = (values < V)[:, None] & (keys < K)[None, :]
+        tl.store(states + index * K * V + (keys[None, :] * V + values[:, None]), blocks[b], inside)
 
 
 @triton.jit
@@ -115,23 +144,48 @@ def cells(C: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(pairs, index, inside, C: tl.constexpr):
+    # [C, C] of [..., C, C]; zeros but inside
+    return tl.load(pairs + index * C * C + cells(C), inside, other=0.0)
+
+
+@triton.jit
 def load_inverse(inverses, index, C: tl.constexpr):
     ones = tl.where(tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :], 1.0, 0.0)
-    return tl.load(inverses + index * C * C + cells(C), below(C), other=0.0) + ones
+    return load_pairs(inverses, index, below(C), C) + ones
+
+
+@triton.jit
+def lower(C: tl.constexpr):
+    return tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def delta_inverses(
-    k, beta, log_decay, inverses, cu_seqlens, T, N, H, K,
+def delta_pairs(
+    q, k, beta, log_decay, inverses, reads, overlaps, cu_seqlens, T, N, H, K,
     C: tl.constexpr, BK: tl.constexpr, NARROW: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
     _, first, count = chunk_rows(cu_seqlens, chunk, T, N, C)
     # packed sequences leave chunks that are nobody's
     if count > 0:
-        key = load_tile(k, first, count, h, H, K, tl.arange(0, BK), C)
-        L = product_of_inputs(key, tl.trans(key), NARROW, PRECISE) * between_rows(log_decay, first, count, h, H, C)
-        L = tl.where(below(C), L * load_vector(beta, first, count, h, H, C)[None, :], 0.0)
+        index = chunk.to(tl.int64) * H + h
+        A, M = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+        for start in range(0, K, BK):
+            keys = start + tl.arange(0, BK)
+            key = load_tile(k, first, count, h, H, K, keys, C)
+            if reads is not None:
+                query = load_tile(q, first, count, h, H, K, keys, C)
+            A += product_of_inputs(key, tl.trans(key), NARROW, PRECISE)
+            if reads is not None:
+                M += product_of_inputs(query, tl.trans(key), NARROW, PRECISE)
+        between = between_rows(log_decay, first, count, h, H, C)
+        A, M = A * between, M * between
+        if reads is not None:
+            tl.store(reads + index * C * C + cells(C), M, lower(C))
+        if overlaps is not None:
+            tl.store(overlaps + index * C * C + cells(C), A, below(C))
+        L = tl.where(below(C), A * load_vector(beta, first, count, h, H, C)[None, :], 0.0)
         row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
         # from blocks of two rows up: what is below two inverse blocks comes from both
         X = tl.where(row == column, 1.0, tl.where(row // 2 == column // 2, -L, 0.0))
@@ -141,81 +195,102 @@ def delta_inverses(
                 inside = (row >> level + 1 == column >> level + 1) & (row >> level != column >> level)
                 corner = tl.dot(tl.where(inside, L, 0.0), X, input_precision=PRECISE)
                 X -= tl.dot(X, corner, input_precision=PRECISE)
-        tl.store(inverses + (chunk.to(tl.int64) * H + h) * C * C + cells(C), X, below(C))
+        tl.store(inverses + index * C * C + cells(C), X, below(C))
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_chunks(
-    q, k, v, beta, log_decay, initial, inverses, y, final, entering, errors, cu_seqlens, T, H, K, V,
-    SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NARROW: tl.constexpr,
-    PRECISE: tl.constexpr,
+    q, k, v, beta, log_decay, initial, inverses, reads, y, final, entering, errors, cu_seqlens, T,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BLOCKS: tl.constexpr, BV: tl.constexpr, NARROW: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
-    keys = tl.arange(0, BK)
-    state = load_state(initial, n * H + h, K, V, keys, values)
+    state = load_blocks(initial, n * H + h, K, V, values, BK, BLOCKS)
     for c in range(0, tl.cdiv(length, C)):
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
         if entering is not None:
-            store_state(entering, index, K, V, keys, values, state)
+            store_blocks(entering, index, K, V, values, state, BK, BLOCKS)
+        seen, out = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
+        M = tl.zeros([C, C], tl.float32)
+        for b in tl.static_range(BLOCKS):
+            keys = b * BK + tl.arange(0, BK)
+            key = load_tile(k, first, count, h, H, K, keys, C)
+            seen = added(seen, state[b], tl.trans(key), NARROW, PRECISE)
+            if y is not None:
+                # beside the other read, for the sake of registers
+                query = load_tile(q, first, count, h, H, K, keys, C)
+                out = added(out, state[b], tl.trans(query), NARROW, PRECISE)
+                if reads is None:
+                    M += product_of_inputs(query, tl.trans(key), NARROW, PRECISE)
         prefix, suffix, total = decays(log_decay, first, count, h, H, C)
-        key = load_tile(k, first, count, h, H, K, keys, C)
-        seen = product(state, tl.trans(key), NARROW, PRECISE) * prefix[None, :]
-        if y is not None:
-            # beside the other read, for the sake of registers
-            query = load_tile(q, first, count, h, H, K, keys, C)
-            out = product(state, tl.trans(query), NARROW, PRECISE) * prefix[None, :]
-        error = load_turned(v, first, count, h, H, V, values, C) - seen
-        error = tl.dot(error, tl.trans(load_inverse(inverses, index, C)), input_precision=PRECISE)
+        error = load_turned(v, first, count, h, H, V, values, C) - seen * prefix[None, :]
+        error = product(error, tl.trans(load_inverse(inverses, index, C)), False, PRECISE)
         if errors is not None:
             store_turned(errors, first, count, h, H, V, values, error, C)
         u = error * load_vector(beta, first, count, h, H, C)[None, :]
         if y is not None:
-            M = product_of_inputs(query, tl.trans(key), NARROW, PRECISE) * between_rows(
-                log_decay, first, count, h, H, C
-            )
-            out += tl.dot(u, tl.trans(M), input_precision=PRECISE)
+            if reads is None:
+                M *= between_rows(log_decay, first, count, h, H, C)
+            else:
+                M = load_pairs(reads, index, lower(C), C)
+            out = out * prefix[None, :] + product(u, tl.trans(M), False, PRECISE)
             store_turned(y, first, count, h, H, V, values, out * SCALE, C)
-        state = added(total * state, u * suffix[None, :], key, NARROW, PRECISE)
+        u *= suffix[None, :]
+        left = ()
+        for b in tl.static_range(BLOCKS):
+            if BLOCKS > 1:
+                # once more, for the sake of registers
+                key = load_tile(k, first, count, h, H, K, b * BK + tl.arange(0, BK), C)
+            left += (added(total * state[b], u, key, NARROW, PRECISE),)
+        state = left
     if final is not None:
-        store_state(final, n * H + h, K, V, keys, values, state)
+        store_blocks(final, n * H + h, K, V, values, state, BK, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_chunks_back(
-    dy, dfinal, q, k, beta, log_decay, inverses, leaving, dvalues, dinitial, cu_seqlens, T, H, K, V,
-    SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NARROW: tl.constexpr,
-    PRECISE: tl.constexpr,
+    dy, dfinal, q, k, beta, log_decay, inverses, reads, leaving, dvalues, dinitial, cu_seqlens, T,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BLOCKS: tl.constexpr, BV: tl.constexpr, NARROW: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
-    keys = tl.arange(0, BK)
-    dstate = load_state(dfinal, n * H + h, K, V, keys, values)
+    dstate = load_blocks(dfinal, n * H + h, K, V, values, BK, BLOCKS)
     chunks = tl.cdiv(length, C)
     for back in range(0, chunks):
         c = chunks - 1 - back
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
-        store_state(leaving, index, K, V, keys, values, dstate)
-        prefix, suffix, total = decays(log_decay, first, count, h, H, C)
-        key = load_tile(k, first, count, h, H, K, keys, C)
-        du = product(dstate, tl.trans(key), NARROW, PRECISE) * suffix[None, :]
-        query = load_tile(q, first, count, h, H, K, keys, C)
-        M = product_of_inputs(query, tl.trans(key), NARROW, PRECISE) * between_rows(log_decay, first, count, h, H, C)
+        store_blocks(leaving, index, K, V, values, dstate, BK, BLOCKS)
+        du = tl.zeros([BV, C], tl.float32)
+        for b in tl.static_range(BLOCKS):
+            keys = b * BK + tl.arange(0, BK)
+            key = load_tile(k, first, count, h, H, K, keys, C)
+            du = added(du, dstate[b], tl.trans(key), NARROW, PRECISE)
         out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
-        du += tl.dot(out, M, input_precision=PRECISE)
+        prefix, suffix, total = decays(log_decay, first, count, h, H, C)
+        du = du * suffix[None, :] + product(out, load_pairs(reads, index, lower(C), C), False, PRECISE)
         du *= load_vector(beta, first, count, h, H, C)[None, :]
-        dvalue = tl.dot(du, load_inverse(inverses, index, C), input_precision=PRECISE)
+        dvalue = product(du, load_inverse(inverses, index, C), False, PRECISE)
         store_turned(dvalues, first, count, h, H, V, values, dvalue, C)
-        dstate = added(total * dstate, out * prefix[None, :], query, NARROW, PRECISE)
-        dstate = added(dstate, -dvalue * prefix[None, :], key, NARROW, PRECISE)
+        out, dvalue = out * prefix[None, :], dvalue * prefix[None, :]
+        entered = ()
+        for b in tl.static_range(BLOCKS):
+            # once more, for the sake of registers
+            keys = b * BK + tl.arange(0, BK)
+            key = load_tile(k, first, count, h, H, K, keys, C)
+            query = load_tile(q, first, count, h, H, K, keys, C)
+            kept = added(total * dstate[b], out, query, NARROW, PRECISE)
+            entered += (added(kept, -dvalue, key, NARROW, PRECISE),)
+        dstate = entered
     if dinitial is not None:
-        store_state(dinitial, n * H + h, K, V, keys, values, dstate)
+        store_blocks(dinitial, n * H + h, K, V, values, dstate, BK, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
 def delta_chunk_gradients(
-    dy, q, k, beta, log_decay, entering, leaving, errors, dvalues, dq, dk, dv, dbeta, dlog_decay, cu_seqlens, T, N, H,
-    K, V,
-    SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NARROW: tl.constexpr,
-    PRECISE: tl.constexpr,
+    dy, q, k, beta, log_decay, entering, leaving, errors, dvalues, reads, overlaps, dq, dk, dv, dbeta, dlog_decay,
+    cu_seqlens, T, N,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     chunk, h = tl.program_id(0) // H, tl.program_id(0) % H
     _, first, count = chunk_rows(cu_seqlens, chunk, T, N, C)
@@ -225,44 +300,45 @@ def delta_chunk_gradients(
         # of what reads the entering state, and of what is written to the leaving one but for its strength
         dquery, dread, dwrite = (tl.zeros([BK, C], tl.float32),) * 3
         # of the products of rows, but for their decays and strengths
-        dM, dA, dtotal = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), 0.0
+        dM, dA, dtotal = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.float32)
         for block in range(0, tl.cdiv(V, BV)):
             values = block * BV + tl.arange(0, BV)
             state = load_state(entering, index, K, V, keys, values)
             dstate = load_state(leaving, index, K, V, keys, values)
-            dtotal += tl.sum(tl.sum(state * dstate, 1), 0)
+            dtotal += tl.sum(state * dstate, 0)
             error = load_turned(errors, first, count, h, H, V, values, C)
             out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
             dvalue = load_turned(dvalues, first, count, h, H, V, values, C)
             if dv is not None:
                 store_turned(dv, first, count, h, H, V, values, dvalue, C)
-            dwrite += tl.dot(tl.trans(dstate), error, input_precision=PRECISE)
-            dquery += tl.dot(tl.trans(state), out, input_precision=PRECISE)
-            dread -= tl.dot(tl.trans(state), dvalue, input_precision=PRECISE)
-            dM += tl.dot(tl.trans(out), error, input_precision=PRECISE)
-            dA -= tl.dot(tl.trans(dvalue), error, input_precision=PRECISE)
+            dwrite += product(tl.trans(dstate), error, False, PRECISE)
+            dquery += product(tl.trans(state), out, False, PRECISE)
+            dread += product(tl.trans(state), -dvalue, False, PRECISE)
+            dM += product(tl.trans(out), error, False, PRECISE)
+            dA += product(tl.trans(-dvalue), error, False, PRECISE)
         key = load_turned(k, first, count, h, H, K, keys, C)
         query = load_turned(q, first, count, h, H, K, keys, C)
         strength = load_vector(beta, first, count, h, H, C)
         between = between_rows(log_decay, first, count, h, H, C)
         prefix, suffix, total = decays(log_decay, first, count, h, H, C)
         dquery, dread, dwrite = dquery * prefix[None, :], dread * prefix[None, :], dwrite * suffix[None, :]
-        dM, dA = dM * between, tl.where(below(C), dA * between, 0.0)
-        M = dM * product_of_inputs(tl.trans(query), key, NARROW, PRECISE)
-        A = dA * product_of_inputs(tl.trans(key), key, NARROW, PRECISE)
+        # these have their decays
+        M = dM * load_pairs(reads, index, lower(C), C)
+        A = dA * load_pairs(overlaps, index, below(C), C)
         if dbeta is not None:
             store_vector(dbeta, first, count, h, H, tl.sum(M + A, 0) + tl.sum(dwrite * key, 0), C)
-        dwrite, dM, dA = dwrite * strength[None, :], dM * strength[None, :], dA * strength[None, :]
+        dwrite *= strength[None, :]
         if dlog_decay is not None:
-            reads, writes = tl.sum(dquery * query + dread * key, 0), tl.sum(dwrite * key, 0)
+            reading, writing = tl.sum(dquery * query + dread * key, 0), tl.sum(dwrite * key, 0)
             # a decay is in all that reaches from before its row to its row or past it
             past = tl.cumsum((M + A) * strength[None, :], 0, reverse=True)
-            sums = tl.sum(tl.where(below(C), past + writes[None, :], reads[None, :]), 1) + total * dtotal
-            store_vector(dlog_decay, first, count, h, H, sums, C)
+            dlogs = tl.sum(tl.where(below(C), past + writing[None, :], reading[None, :]), 1)
+            store_vector(dlog_decay, first, count, h, H, dlogs + total * tl.sum(dtotal, 0), C)
+        dM, dA = dM * between * strength[None, :], tl.where(below(C), dA * between * strength[None, :], 0.0)
+        dquery += product(key, tl.trans(dM), False, PRECISE)
+        dread += dwrite + product(query, dM, False, PRECISE)
+        dread += product(key, dA + tl.trans(dA), False, PRECISE)
         if dq is not None:
-            dquery += tl.dot(key, tl.trans(dM), input_precision=PRECISE)
             store_turned(dq, first, count, h, H, K, keys, dquery, C)
         if dk is not None:
-            dread += dwrite + tl.dot(query, dM, input_precision=PRECISE)
-            dread += tl.dot(key, dA + tl.trans(dA), input_precision=PRECISE)
             store_turned(dk, first, count, h, H, K, keys, dread, C)

@@ -7,6 +7,7 @@ docs/derivations/delta_rule.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from kernels.delta_rule.triton_chunk_kernels import (
     delta_chunk_gradients,
     delta_chunks,
     delta_chunks_back,
-    delta_inverses,
+    delta_pairs,
 )
 from kernels.problem import Problem
 from kernels.triton_aot import Compiled
@@ -29,6 +30,9 @@ C = 16
 WALKS = delta_chunks, delta_chunks_back
 # Steps of a sequence from which chunks come first
 LONG = 4 * C
+# Values of a program on B200 where a state has several tiles: of more, Triton puts every sum into tensor memory, which
+# has no room for all of them
+FEW = 32
 # Numbers of a row in all heads: within a chunk, numbers are counted in 32 bits
 MOST = 2**31 // C
 
@@ -38,8 +42,8 @@ def cannot(problem: Problem) -> list[str]:
     sizes, dtype, reasons = problem.sizes, problem.dtypes["q"], []
     if dtype == torch.float64:
         return ["products of tiles are of float32"]
-    # a float32 factor takes two parts in registers; at most twice as many rows as keys, else what cancels loses digits
-    most = 64 if dtype.itemsize == 2 else 32
+    # at most twice as many rows as keys, else what cancels loses digits; float32 takes two parts in registers
+    most = 128 if dtype.itemsize == 2 else 32
     if not C // 2 <= sizes["K"] <= most:
         reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
     if problem.options["log_decay"] and sizes["J"] > 1:
@@ -52,13 +56,25 @@ def cannot(problem: Problem) -> list[str]:
 def configs(problem: Problem) -> list[dict[str, int]]:
     """Candidates for the tuner, the default first; none where chunks cannot run.
 
-    chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them. Forward 64
-    where there are no more; fewer would need more registers for the keys, and so would 64 in the walk against time.
+    chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them; its keys are
+    in tiles of `keys`. Of up to 64 keys forward 64 values where there are no more; fewer would need more registers for
+    the keys, and so would 64 in the walk against time.
     """
     if cannot(problem):
         return []
-    forward = (64,) if problem.sizes["V"] <= 64 else (128, 64)
-    return [{"chunk": C, "values": values} for values in (forward if problem.direction == "forward" else (128,))]
+    K, V = problem.sizes["K"], problem.sizes["V"]
+    if K > 64:
+        chosen = [128, 64]
+    elif problem.direction == "backward":
+        chosen = [128]
+    else:
+        chosen = [64] if V <= 64 else [128, 64]
+    return [{"chunk": C, "values": values, "keys": tile(K)} for values in chosen]
+
+
+def tile(keys: int) -> int:
+    """Keys of a tile of the state; a factor of a product is in registers whole."""
+    return min(32 if keys > 64 else 64, max(16, triton.next_power_of_2(keys)))
 
 
 def comes_first(problem: Problem) -> bool:
@@ -67,11 +83,19 @@ def comes_first(problem: Problem) -> bool:
     return sizes["B"] * sizes["T"] >= LONG * sizes["N"]
 
 
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """As offline compilation names them: "sm_90"; of AMD's GPUs "gfx"."""
+    if torch.version.hip is not None:
+        return "gfx"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
+
+
 class Chunks:
     """The inputs of the delta rule, and what is launched on them.
 
     rows: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], log_decay [B, T, H, 1] or None.
-    nvidia: whether for NVIDIA's GPUs, whose float32 products are made of three of tf32.
+    target: of what is launched: on NVIDIA's GPUs a float32 product is made of three of tf32.
     """
 
     def __init__(
@@ -81,7 +105,7 @@ class Chunks:
         cu_seqlens: Tensor | None,
         scale: float,
         config: Mapping[str, int],
-        nvidia: bool,
+        target: str,
     ) -> None:
         self.rows = {name: None if x is None else x.contiguous() for name, x in rows.items()}
         q, v = self.rows["q"], self.rows["v"]
@@ -93,10 +117,17 @@ class Chunks:
         self.batch, self.length, self.heads, self.keys = q.shape
         self.values = v.shape[3]
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        # a warp multiplies 16 rows
-        self.BK = max(16, triton.next_power_of_2(self.keys))
-        self.BV = config["values"]
-        precise = "tf32x3" if nvidia else "ieee"
+        self.BK, self.BV = config["keys"], config["values"]
+        self.blocks = -(-self.keys // self.BK)
+        # one tile of keys needs few sums
+        self.few_values = target == "sm_100" and self.blocks > 1
+        if self.few_values:
+            self.BV = min(self.BV, FEW)
+            # places and masks that are known at run time only take registers of their own
+            if cu_seqlens is not None or self.keys % self.BK:
+                self.BK //= 2
+                self.blocks = -(-self.keys // self.BK)
+        precise = "tf32x3" if target.startswith("sm_") else "ieee"
         self.sizes = {
             "cu_seqlens": self.cu_seqlens,
             "T": self.length,
@@ -107,6 +138,7 @@ class Chunks:
             "SCALE": scale,
             "C": config["chunk"],
             "BK": self.BK,
+            "BLOCKS": self.blocks,
             "BV": self.BV,
             # numbers of 16 bits are numbers of tf32
             "NARROW": q.element_size() == 2,
@@ -139,24 +171,30 @@ class Chunks:
         return compile_all(self.backward(self.v, self.initial, {**self.rows, "initial": self.initial}), target)
 
     def forward(self, y: Tensor, final: Tensor) -> list[Launch]:
-        inverses = self._inverses()
-        return [self._inverse(inverses), self._walk(inverses, y=y, final=final)]
+        inverses = self._pairs()
+        # made by the walk itself where that moves less and has room for it
+        reads = self._pairs() if self.few_values else None
+        return [self._products(inverses, reads, None), self._walk(inverses, reads=reads, y=y, final=final)]
 
     def backward(self, dy: Tensor, dfinal: Tensor | None, found: Mapping[str, Tensor | None]) -> list[Launch]:
-        inverses, entering, leaving = self._inverses(), self._states(self.chunks), self._states(self.chunks)
+        inverses, reads, entering, leaving = self._pairs(), self._pairs(), *(self._states(self.chunks) for _ in "SS")
+        overlaps = self._pairs()
         errors, dvalues = (torch.empty_like(self.v, dtype=torch.float32) for _ in range(2))
-        given = {"dy": dy, "leaving": leaving, "dvalues": dvalues, **self._given("q", "k", "beta", "log_decay")}
+        given = {**self._given("q", "k", "beta", "log_decay"), **self.sizes}
+        given |= {"dy": dy, "reads": reads, "leaving": leaving, "dvalues": dvalues}
         back = {"dfinal": dfinal, "inverses": inverses, "dinitial": found["initial"]}
-        own = {"entering": entering, "errors": errors, "N": self.sequences}
+        own = {"overlaps": overlaps, "entering": entering, "errors": errors, "N": self.sequences}
         own |= {f"d{name}": found[name] for name in self.rows}
+        # all keys and values of a chunk, so many at a time; its products have as many rows as there are keys
+        keys = max(16, triton.next_power_of_2(self.keys))
+        own = {**given, **own, "BK": keys, "BV": 16}
+        for name in ("BLOCKS", "NARROW"):
+            del own[name]
         return [
-            self._inverse(inverses),
+            self._products(inverses, reads, overlaps),
             self._walk(inverses, entering=entering, errors=errors),
-            self._launch(delta_chunks_back, self.walks, {**given, **back, **self.sizes}, self.BV),
-            # all values of a chunk, so many at a time; its products have as many rows as there are keys
-            self._launch(
-                delta_chunk_gradients, self.chunks * self.heads, {**given, **own, **self.sizes, "BV": 16}, self.BK
-            ),
+            self._launch(delta_chunks_back, self.walks, {**given, **back}, self.BV),
+            self._launch(delta_chunk_gradients, self.chunks * self.heads, own, keys),
         ]
 
     @property
@@ -174,27 +212,29 @@ class Chunks:
     def _states(self, count: int) -> Tensor:
         return self.q.new_empty(count, self.heads, self.keys, self.values, dtype=torch.float32)
 
-    def _inverses(self) -> Tensor:
+    def _pairs(self) -> Tensor:
+        """Of the rows of every chunk."""
         C = self.config["chunk"]
         return self.q.new_empty(self.chunks, self.heads, C, C, dtype=torch.float32)
 
     def _given(self, *names: str) -> dict[str, Tensor | None]:
         return {name: self.rows[name] for name in names}
 
-    def _inverse(self, inverses: Tensor) -> Launch:
-        given = {**self._given("k", "beta", "log_decay"), "inverses": inverses, "N": self.sequences}
-        sizes = {name: size for name, size in self.sizes.items() if name not in ("V", "SCALE", "BV")}
-        return self._launch(delta_inverses, self.chunks * self.heads, {**given, **sizes}, self.config["chunk"])
+    def _products(self, inverses: Tensor, reads: Tensor | None, overlaps: Tensor | None) -> Launch:
+        given = {**self._given("q", "k", "beta", "log_decay"), "N": self.sequences}
+        given |= {"inverses": inverses, "reads": reads, "overlaps": overlaps}
+        sizes = {name: size for name, size in self.sizes.items() if name not in ("V", "SCALE", "BLOCKS", "BV")}
+        return self._launch(delta_pairs, self.chunks * self.heads, {**given, **sizes}, self.config["chunk"])
 
-    def _walk(self, inverses: Tensor, **written: Tensor) -> Launch:
+    def _walk(self, inverses: Tensor, **written: Tensor | None) -> Launch:
         given = {**self.rows, "initial": self.initial, "inverses": inverses}
-        given |= dict.fromkeys(("y", "final", "entering", "errors")) | written
+        given |= dict.fromkeys(("reads", "y", "final", "entering", "errors")) | written
         return self._launch(delta_chunks, self.walks, {**given, **self.sizes}, self.BV)
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], rows: int) -> Launch:
         # without a bound NVIDIA's assembler spills some registers so that more threads are resident
         steps = self.chunks // self.sequences if kernel in WALKS else 1
-        return Launch(kernel, programs, arguments, rows // 16, num_stages=1, registers=255, steps=steps)
+        return Launch(kernel, programs, arguments, min(rows // 16, 8), num_stages=1, registers=255, steps=steps)
 
     def _run(self, launches: list[Launch]) -> None:
         for launch in launches:

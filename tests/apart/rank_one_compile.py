@@ -20,7 +20,7 @@ def check(
     op: str, target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64,
     values: int = 64, chunks: bool = False, **facts: Any,
 ) -> None:  # fmt: skip
-    """No spills, and an eighth of the warps resident."""
+    """No spills, an eighth of the warps resident, and code that is more than a trap."""
     backend, rows = BACKENDS[op]
     sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": values, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
     options = {"scale": 0.125, "log_decay": True, "initial_state": True, "packed": False, **facts}
@@ -33,6 +33,7 @@ def check(
     for found in backend.compile_for(target, problem, configs[config]):
         assert found.spills == 0, found
         assert found.occupancy >= 0.125, found
+        assert found.registers >= 16, found
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -43,18 +44,19 @@ def test_default_configs(op: str, direction: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("keys", [64, 128])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_chunks(direction: str, target: str) -> None:
-    check("delta_rule", target, direction, 0, values=128, chunks=True, per_key=False)
+def test_chunks(direction: str, keys: int, target: str) -> None:
+    check("delta_rule", target, direction, 0, keys=keys, values=128, chunks=True, per_key=False)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("facts", [{"packed": True}, {"log_decay": False, "initial_state": False}], ids=str)
-@pytest.mark.parametrize("dtype, keys", [(FLOAT32, 32), (BFLOAT16, 64)], ids=str)
+@pytest.mark.parametrize("dtype, keys", [(FLOAT32, 32), (BFLOAT16, 64), (BFLOAT16, 96), (BFLOAT16, 128)], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_all_chunks(direction: str, dtype: torch.dtype, keys: int, facts: dict[str, Any], target: str) -> None:
-    for config, values in ((0, 16), (0, 64), (1 if direction == "forward" else 0, 128)):
+    for config, values in ((0, 16), (0, 64), (1 if direction == "forward" or keys > 64 else 0, 128)):
         check("delta_rule", target, direction, config, dtype, keys, values, chunks=True, per_key=False, **facts)
 
 

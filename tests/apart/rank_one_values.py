@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from triton_interpreter import counting, shuffled
 
 from kernels.agreement import Inputs
 from kernels.catalogue import OPS
+from kernels.delta_rule import triton_chunks
 from kernels.op import Op
 
 
@@ -70,11 +72,11 @@ def test_programs_in_any_order_give_the_same_bits(op: Op, direction: str) -> Non
     tc.check_any_order(posed(op, direction, packed=True))
 
 
-CHUNKS = {"chunk": 16, "values": 16}
-# Of the delta rule in chunks: none that is whole, or one and one of a single row
+CHUNKS = {"chunk": 16, "values": 16, "keys": 16}
+# Of the delta rule in chunks: none that is whole, or one and one of a single row; one tile of keys, or more
 CHUNK_FACTS = {
     "length": (3, 17),
-    "keys": (8, 20),
+    "keys": (8, 20, 40),
     "values": (1, 19),
     "dtype": (tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16, tc.BFLOAT16),
     "log_decay": (True, True, False),
@@ -90,6 +92,40 @@ DELTA_RULE = OPS["delta_rule"]
 @pytest.mark.parametrize("case", CHUNK_CASES, ids=range(len(CHUNK_CASES)))
 def test_chunks_of_every_kind(case: dict[str, Any], direction: str) -> None:
     tc.agrees(posed(DELTA_RULE, direction, per_key=False, **case), CHUNKS)
+
+
+WIDE_FACTS = {
+    "target": ("sm_90", "sm_100", "gfx942"),
+    "length": (33, 40),
+    "keys": (96, 100, 128),
+    "values": (5, 67),
+    "dtype": (tc.FLOAT32, tc.BFLOAT16),
+    "log_decay": (True, True, False),
+    "hard": (False, True, True),
+    "packed": (False, True),
+    "initial_state": (False, True),
+}
+WIDE = tc.cases(WIDE_FACTS, 12)
+
+
+def shipped(inputs: Inputs) -> dict[str, int]:
+    return next(c for c in tc.triton("delta_rule").configs(inputs.problem) if "chunk" in c)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", WIDE, ids=range(len(WIDE)))
+def test_chunks_of_many_keys(case: dict[str, Any], direction: str) -> None:
+    """On every kind of GPU, with strengths from nothing to a reflection."""
+    facts = {name: value for name, value in case.items() if name != "target"}
+    inputs = posed(DELTA_RULE, direction, per_key=False, **facts)
+    given = dict(zip(DELTA_RULE.names(direction), inputs.tensors))
+    beta = given["beta"]
+    assert beta is not None
+    given["beta"] = (torch.arange(beta.numel()) % 3).view(beta.shape).to(beta)
+    wide = replace(inputs.problem, dtypes=dict.fromkeys(inputs.problem.dtypes, tc.BFLOAT16))
+    config = shipped(replace(inputs, problem=wide))
+    with mock.patch.object(triton_chunks, "target_of", return_value=case["target"]):
+        tc.agrees(replace(inputs, tensors=tuple(given.values())), config)
 
 
 @pytest.mark.parametrize("beta", [0.0, 2.0])
@@ -120,17 +156,34 @@ def test_chunks_lose_nothing_and_give_only_what_is_needed_in_any_order() -> None
             assert gradient is None or (expected is not None and torch.equal(gradient, expected))
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_what_chunks_move(direction: str) -> None:
-    """Forward: all inputs and outputs once. Backward besides: at every border of chunks a state and a gradient of one,
-    written and read."""
-    facts = {"length": 32, "keys": 64, "values": 64, "dtype": tc.BFLOAT16, "initial_state": False}
-    inputs = posed(DELTA_RULE, direction, per_key=False, **facts)
-    config = next(c for c in tc.triton("delta_rule").configs(inputs.problem) if "chunk" in c)
+# What forward and backward move at most for each further chunk, as times the least, by K = V and GPU
+LIMITS = {(64, "sm_90"): (1.01, 1.22), (128, "sm_90"): (1.2, 1.14), (128, "sm_100"): (3.3, 1.35)}
+
+
+def moved(direction: str, width: int, length: int) -> tuple[int, int]:
+    """What is moved, and the least where all chunks are worked on at once: docs/derivations/delta_rule.md."""
+    inputs = posed(DELTA_RULE, direction, 1, length, width, width, False, dtype=tc.BFLOAT16, initial_state=True)
+    config = shipped(inputs)
     with counting() as traffic:
-        outputs = inputs.call(tc.triton("delta_rule"), config)()
-    least = sum(x.nbytes for x in (*inputs.tensors, *outputs) if x is not None)
-    if direction == "backward":
-        states = 32 // config["chunk"] * 2
-        least += 4 * states * 64 * 64 * 4
-    assert least < traffic.moved <= 1.5 * least, (traffic, least)
+        found = inputs.call(tc.triton("delta_rule"), config)()
+    assert traffic.outside == 0
+    size = {name: tc.size(x) for name, x in zip(DELTA_RULE.names(direction), inputs.tensors)}
+    q, k, v, initial = (size[name] for name in ("q", "k", "v", "initial_state"))
+    C, chunks = config["chunk"], length // config["chunk"] * 2
+    pairs = chunks * C * (C - 1) // 2 * 4 + size["beta"] + size["log_decay"]
+    least = k + pairs + tc.size(*found)
+    if direction == "forward":
+        return traffic.moved, least + q + k + v + pairs + initial
+    states = chunks * width * width * 4
+    least += k + v + pairs + initial + states
+    least += q + k + size["dy"] + pairs + size["dfinal_state"] + states
+    return traffic.moved, least + q + k + v + size["dy"] + pairs + 2 * states
+
+
+@pytest.mark.parametrize("width, target", LIMITS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_chunks_move(direction: str, width: int, target: str) -> None:
+    with mock.patch.object(triton_chunks, "target_of", return_value=target):
+        (more, more_least), (one, one_least) = (moved(direction, width, length) for length in (32, 16))
+    times = (more - one) / (more_least - one_least)
+    assert 1 < times <= LIMITS[width, target][direction == "backward"]
