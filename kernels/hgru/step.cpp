@@ -27,8 +27,14 @@ static_assert(sizeof(Step) == 26 * 8, "step.py packs this many fields");
 
 // Channels and outputs that a thread takes at a time.
 constexpr int64_t kChannels = 16, kOutputs = 16;
-// So often a thread looks whether it may go on before it lets others run: some microseconds.
-constexpr int64_t kSpins = 1000;
+// So often a thread looks whether it may go on before it lets others run: longer than it waits for one that works.
+constexpr int64_t kSpins = 20000;
+
+inline void pause_a_little() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
 
 // So many numbers of each of a few rows, real and imaginary parts one behind the other.
 template <class S>
@@ -116,9 +122,10 @@ void run(const Step& s) {
     S *h = scratch + 0, *gate = scratch + all;
     std::atomic<int64_t> done = 0;
     auto wait_for = [&](int64_t count) {
-        // whom it waits for may need this processor
+        // whom it waits for may need this processor, and who gives it up may not have it back for long
         for (int64_t spins = 1; done.load(std::memory_order_acquire) < count; ++spins)
             if (spins % kSpins == 0) std::this_thread::yield();
+            else pause_a_little();
     };
     // calls f(first row, how many)
     auto for_few = [&](auto f) {
