@@ -29,7 +29,7 @@ __all__ = ["Backend", "Config", "Cost", "Op", "Plan", "recording"]
 # Found once: on the way of every call, a name in another module costs as much as the answer.
 _generation, _threads = autotune.generation, torch.get_num_threads
 _deterministic, _autocast = torch._C._get_deterministic_algorithms, torch._C._is_any_autocast_enabled
-_watched, _needs_gradient = registration.watched, registration.needs_gradient
+_watched, _is_grad_enabled = registration.watched, torch.is_grad_enabled
 
 # Plans are cheap to make again; the bound keeps a stream of ever new shapes from growing without end.
 MAX_PLANS = 8192
@@ -66,7 +66,7 @@ class Op(Declaration):
             return self.forward_overload(*args)
         count = len(self.inputs)
         try:
-            signature = self._signature("called", count, args)
+            signature, requires_grad = self._signature("called", count, args)
         except AttributeError:
             self.check_types(args)
             raise
@@ -76,9 +76,9 @@ class Op(Declaration):
                 self.check_types(args)
                 return self.forward_overload(*args)
             plan = self._remember(signature, "forward", args)
-        if _needs_gradient(args[:count]):
-            return self._with_gradient(plan, *args)
-        return self.execute(plan, "forward", count, args)
+        if requires_grad and _is_grad_enabled():
+            return self._with_gradient((plan, args[count:]), *args[:count])
+        return plan(*args[: count + 1])
 
     def run_forward(self, *args: Any) -> tuple[Tensor, ...]:
         """The operator's kernel: looks the plan up (and checks the tensors where it is new) and runs it."""
@@ -92,29 +92,26 @@ class Op(Declaration):
 
     def run(self, direction: str, args: Sequence[Any]) -> Any:
         count = len(self.names(direction))
-        signature = self._signature(direction, count, args)
+        signature, _ = self._signature(direction, count, args)
         plan = self._plans.get(signature) or self._remember(signature, direction, args)
-        return self.execute(plan, direction, count, args)
-
-    def execute(self, plan: Callable[..., Any], direction: str, count: int, args: Sequence[Any]) -> Any:
-        """Runs the plan on tensors that it was made for. count: of the tensors before cu_seqlens."""
-        cu_seqlens = args[count]
-        if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-            check_cu_seqlens(self.name, cu_seqlens, self.check(direction, args)["T"])
-        if _autocast():
-            # what a backend is made of has dtypes of its own choice
-            with torch.autocast(next(t for t in args if t is not None).device.type, enabled=False):
-                return plan(*args[: count + 1])
         return plan(*args[: count + 1])
 
     @staticmethod
-    def _signature(way: str, count: int, args: Sequence[Any]) -> tuple[Any, ...]:
-        """All that the choice of a plan depends on. way: "called" (plain tensors only), "forward" or "backward"."""
-        found = [way, _generation(), _threads(), _deterministic(), args[count + 1 :]]
+    def _signature(way: str, count: int, args: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
+        """All that a plan depends on, and whether a tensor requires a gradient.
+
+        way: "called" (plain tensors only), "forward" or "backward". count: of the tensors before cu_seqlens.
+        """
+        found = [way, _generation(), _threads(), _deterministic(), _autocast(), args[count + 1 :]]
+        requires_grad = False
         # a loop: a comprehension is one more call
         for t in args[: count + 1]:
-            found.append(None if t is None else (type(t), t.shape, t.dtype, t.device))
-        return tuple(found)
+            if t is None:
+                found.append(None)
+            else:
+                found.append((type(t), t.shape, t.dtype, t.is_cpu or t.device))
+                requires_grad |= t.requires_grad
+        return tuple(found), requires_grad
 
     def _remember(self, signature: tuple[Any, ...], direction: str, args: Sequence[Any]) -> Callable[..., Any]:
         plan = self._prepare(direction, args)
@@ -132,7 +129,19 @@ class Op(Declaration):
         if direction == "backward":
             extra["needs"] = tuple(bool(args[-2] >> i & 1) for i in range(len(self.inputs)))
         count = len(self.names(direction))
-        return partial(plan.backend.function(direction), **dict(zip(self.options, args[count + 1 :])), **extra)
+        run = partial(plan.backend.function(direction), **dict(zip(self.options, args[count + 1 :])), **extra)
+        return run if args[count] is None and not _autocast() else partial(self._guarded, run, problem.sizes["T"])
+
+    def _guarded(self, run: Callable[..., Any], length: int, *tensors: Tensor | None) -> Any:
+        """Runs a plan for packed sequences, whose borders are checked, or under autocast: what a backend is made of has
+        dtypes of its own choice."""
+        cu_seqlens = tensors[-1]
+        if cu_seqlens is not None and cu_seqlens.is_cpu:
+            check_cu_seqlens(self.name, cu_seqlens, length)
+        if not _autocast():
+            return run(*tensors)
+        with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
+            return run(*tensors)
 
     def choose(self, problem: Problem, name: str = "auto") -> Plan:
         """The plan for a problem: the named backend or nothing; for "auto" the tables' choice, else the rule.

@@ -73,7 +73,7 @@ def define(
 
 def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the op with its gradient for
-    calls that nobody watches, whose first argument is the plan."""
+    calls that nobody watches (see `_function`)."""
     by_name = {arg.name: arg for arg in (*op.inputs, *op.outputs)}
     options = [f"{_TYPES[type(default)]} {name}" for name, default in op.options.items()]
 
@@ -134,10 +134,11 @@ def needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
 
 def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
     """The Autograd key: straight to the kernel if nothing needs a gradient, else through the autograd.Function."""
+    count = len(op.inputs)
 
     def autograd(*args: Any) -> Any:
-        if needs_gradient(args[: len(op.inputs)]):
-            return with_gradient(None, *args)
+        if needs_gradient(args[:count]):
+            return with_gradient((None, args[count:]), *args[:count])
         with below():
             return op.forward_overload(*args)
 
@@ -145,25 +146,29 @@ def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _function(op: Op) -> type[torch.autograd.Function]:
-    """The op with its gradient. Its first argument is the plan; None: the dispatcher goes on to what watches."""
-    count = len(op.inputs)
-    names = [arg.name for arg in (*op.inputs, *op.outputs)]
-    # among the arguments (tensors, cu_seqlens, options, backend) and then the outputs
-    after = count + 2 + len(op.options)
-    places = [names.index(name) for name in op.residuals]
-    kept = itemgetter(*[i if i < count else i - count + after for i in places], count)
+    """The op with its gradient: a function of a pair and the inputs.
+
+    The pair: the plan (None: the dispatcher goes on to what watches), and the arguments after the inputs, together
+    because every argument that is no tensor costs some time.
+    """
+    names = ["cu_seqlens", *[arg.name for arg in (*op.inputs, *op.outputs)]]
+    kept = itemgetter(*map(names.index, op.residuals), 0)
     constant = [i for i, arg in enumerate(op.outputs) if not arg.differentiable]
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, plan: Callable[..., Any] | None, *args: Any) -> tuple[Tensor, ...]:
+        def forward(
+            ctx: Any, call: tuple[Callable[..., Any] | None, tuple[Any, ...]], *inputs: Any
+        ) -> tuple[Tensor, ...]:
+            plan, rest = call
             if plan is None:
                 with below():
-                    results = tuple(op.forward_overload(*args))
+                    results = op.forward_overload(*inputs, *rest)
             else:
-                results = tuple(op.execute(plan, "forward", count, args))
-            ctx.save_for_backward(*kept(args + results))
-            ctx.rest = args[count + 1 :]
+                results = plan(*inputs, rest[0])
+            results = tuple(results)
+            ctx.save_for_backward(*kept((rest[0], *inputs, *results)))
+            ctx.rest = rest[1:]
             ctx.set_materialize_grads(False)
             if constant:
                 ctx.mark_non_differentiable(*[results[i] for i in constant])
@@ -173,8 +178,7 @@ def _function(op: Op) -> type[torch.autograd.Function]:
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             *residuals, cu_seqlens = ctx.saved_tensors
             *options, backend = ctx.rest
-            needs = ctx.needs_input_grad[1 : count + 1]
-            nothing = (None,) * (1 + len(ctx.rest))
+            needs = ctx.needs_input_grad[1:]
             if torch.is_grad_enabled():
                 if op.differentiable_backward is None:
                     raise RuntimeError(f"{op.name}: no second derivative; call backward without create_graph=True")
@@ -188,7 +192,7 @@ def _function(op: Op) -> type[torch.autograd.Function]:
                 else:
                     with below():
                         found = op.backward_overload(*args)
-            return (None, *(g if needed else None for g, needed in zip(found, needs)), *nothing)
+            return (None, *(g if needed else None for g, needed in zip(found, needs)))
 
     Function.__name__ = Function.__qualname__ = op.name
     return Function
