@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.attention.cache import align, append, recent
+from kernels.attention.step import can_step, step
 from kernels.packing import Packing
+from kernels.problem import state_dtype
 from mixers.heads import split
 from mixers.mixer import SequenceMixer
-from mixers.parts import rotate
+from mixers.parts import frequencies, rotate
 from mixers.projections import project
 from mixers.registry import register
 
@@ -100,23 +103,53 @@ class Attention(SequenceMixer):
         return {"keys": empty, "values": empty.clone(), "length": torch.zeros(batch, dtype=torch.int64, device=device)}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, *others = self.project(x)
+        q, *rows = self.project(x)
+        y, state = self.mix_heads(q, rows, state, cu_seqlens)
+        return self.finish(y, x), state
+
+    def mix_heads(self, q: Tensor, rows: Sequence[Tensor], state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        """What the heads make of their projections, y [B, T, H, V], and the state after it."""
+        if state is not None and (found := self._token(q, rows, state, cu_seqlens)) is not None:
+            return found
+        k, *others = rows
         if self.rotary:
-            length = x.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
-            positions = _positions(x, length, cu_seqlens)
+            length = q.new_zeros(1, dtype=torch.int64) if state is None else state["length"]
+            positions = _positions(q, length, cu_seqlens)
             q, k = rotate(q, k, positions, self.rotary_base)
         rows = [k, *others]
         if state is None:
-            y = self.attend(q, rows, causal=False, cu_seqlens=cu_seqlens)
-        elif cu_seqlens is None:
-            y, state = self._continue(q, rows, state)
-        else:
-            y, state = self._continue_packed(q, rows, state, cu_seqlens)
-        return self.finish(y, x), state
+            return self.attend(q, rows, causal=False, cu_seqlens=cu_seqlens), None
+        if cu_seqlens is None:
+            return self._continue(q, rows, state)
+        return self._continue_packed(q, rows, state, cu_seqlens)
+
+    def _token(
+        self, q: Tensor, rows: Sequence[Tensor], state: dict[str, Tensor], cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """A token of each sequence in one call; None where it has to go by way of the op."""
+        cached, start, length = [state[name] for name in self.cached], state.get("start"), state["length"]
+        # a window of one keeps nothing
+        if "end" in state or self.window == 1:
+            return None
+        if not can_step(q, rows, cached, length, start, cu_seqlens, self.backend):
+            return None
+        frequency = None
+        if self.rotary:
+            wide = state_dtype(q.dtype)
+            frequency = _frequencies(q.shape[-1] // 2, self.rotary_base, device=q.device, dtype=wide)
+        y, after = step(q, rows, cached, length, start, window=self.window, frequency=frequency)
+        return y, self._named(after, length + 1, start, cached[0].shape[1] + 1)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """q [B, T, H, K], and the rows [B, T, ...] that are cached, in the order of `cached`."""
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        return self.split(project(x, *self.projections()))
+
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def split(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What `projections` make of x, in heads."""
+        q, k, v = projected
         return split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
 
     def attend(self, q: Tensor, rows: Sequence[Tensor], starts: Tensor | None = None, **options: Any) -> Tensor:
@@ -155,12 +188,19 @@ class Attention(SequenceMixer):
 
     def _state(self, rows: Sequence[Tensor], length: Tensor, start: Tensor | None) -> dict[str, Tensor]:
         """Without the rows that no later token will see."""
+        before = rows[0].shape[1]
         if self.window is not None:
-            before = rows[0].shape[1]
             rows = [recent(cache, self.window - 1) for cache in rows]
-            start = None if start is None else (start - (before - rows[0].shape[1])).clamp(min=0)
+        return self._named(rows, length, start, before)
+
+    def _named(self, rows: Sequence[Tensor], length: Tensor, start: Tensor | None, before: int) -> dict[str, Tensor]:
+        """The state of the last of `before` rows, in which `start` counts."""
         state = {**dict(zip(self.cached, rows)), "length": length}
-        return state if start is None else {**state, "start": start}
+        if start is None:
+            return state
+        if self.window is not None:
+            start = (start - (before - rows[0].shape[1])).clamp(min=0)
+        return {**state, "start": start}
 
     def comparable(self, state: Any) -> list[Tensor]:
         """Of each sequence, the cached rows that a later token can see."""
@@ -174,6 +214,10 @@ class Attention(SequenceMixer):
     def state_size(self, length: int = 1) -> int:
         rows = length if self.window is None else min(length, self.window - 1)
         return 2 * rows * self.kv_heads * self.head_dim if self.causal else 0
+
+
+# for tokens alone, whose frequencies are the same every time
+_frequencies = functools.cache(frequencies)
 
 
 def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from mixers.attention import Attention
 from mixers.heads import heads_for, split
 from mixers.linear_attention import attend
 from mixers.mixer import SequenceMixer
-from mixers.projections import project
+from mixers.projections import project, project_each
 from mixers.registry import register
 
 
@@ -84,17 +84,20 @@ class Based(SequenceMixer):
         return state
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v = (split(row, self.heads) for row in project(x, self.q_proj, self.k_proj, self.v_proj))
+        window, after = self.window, {}
+        rows = project(x, self.q_proj, self.k_proj, self.v_proj, *(() if window is None else window.projections()))
+        q, k, v = (split(row, self.heads) for row in rows[:3])
         if can_step(q, state["S"], cu_seqlens, self.backend, k, v):
-            y, S = step(q, k, v, state["S"], scale=1.0, eps=self.EPS)
+            y, after["S"] = step(q, k, v, state["S"], scale=1.0, eps=self.EPS)
         else:
             q, k = taylor(torch.stack([q, k])).unbind()
-            y, S = attend(q, k, v, state["S"], True, cu_seqlens, self.backend, eps=self.EPS)
-        (y,), after = project(y.flatten(-2), self.o_proj), {"S": S}
-        if self.window is not None:
-            near, after["window"] = self.window.mix(x, state["window"], cu_seqlens)
-            y = y + near
-        return y, after
+            y, after["S"] = attend(q, k, v, state["S"], True, cu_seqlens, self.backend, eps=self.EPS)
+        if window is None:
+            return project(y.flatten(-2), self.o_proj)[0], after
+        q, *rows = window.split(rows[3:])
+        near, after["window"] = window.mix_heads(q, rows, state["window"], cu_seqlens)
+        far, near = project_each([(y.flatten(-2), self.o_proj), (near.flatten(-2), window.o_proj)])
+        return far + near, after
 
     def comparable(self, state: Any) -> list[Tensor]:
         return [state["S"], *([] if self.window is None else self.window.comparable(state["window"]))]

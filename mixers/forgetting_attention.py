@@ -13,6 +13,7 @@ from kernels.attention import attention
 from kernels.problem import state_dtype
 from mixers.attention import Attention
 from mixers.heads import GatedNorm, split
+from mixers.parts import cast
 from mixers.projections import project
 from mixers.registry import register
 
@@ -89,10 +90,11 @@ class ForgettingAttention(Attention):
         return {"keys": keys, "values": values, "log_decays": log_decays, "length": length}
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = super().project(x)
+        *projected, f = project(x, *self.projections(), self.f_proj)
+        q, k, v = self.split(projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = split(self.q_norm(q), self.heads), split(self.k_norm(k), self.kv_heads)
-        return q, k, v, F.logsigmoid(project(x, self.f_proj)[0].to(state_dtype(v.dtype)))
+        return q, k, v, F.logsigmoid(cast(f, state_dtype(v.dtype)))
 
     def attend(self, q: Tensor, rows: Sequence[Tensor], starts: Tensor | None = None, **options: Any) -> Tensor:
         k, v, log_decay = rows

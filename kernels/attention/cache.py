@@ -16,9 +16,10 @@ from torch import Tensor
 
 @dataclass
 class _Room:
-    """Of a storage that holds rows [N, capacity, ...]: its shape, and how many rows are taken."""
+    """Of a storage that holds rows [N, capacity, ...]: its shape and strides, and how many rows are taken."""
 
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     taken: int
 
 
@@ -32,12 +33,30 @@ def append(cache: Tensor, rows: Tensor) -> Tensor:
     cache = cache.to(rows.dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(cache) is not Tensor or cache.is_meta:
         return torch.cat([cache, rows], 1)
-    length = cache.shape[1] + rows.shape[1]
-    if not _take(cache, rows.shape[1]):
-        cache = _with_room(cache, length)
-    whole = cache.as_strided((cache.shape[0], length, *cache.shape[2:]), cache.stride())
-    whole[:, cache.shape[1] :] = rows
+    before, length = cache.shape[1], cache.shape[1] + rows.shape[1]
+    whole, copied = place(cache, rows.shape[1], length)
+    if copied:
+        whole[:, :before] = cache
+    whole[:, before:] = rows
     return whole
+
+
+def place(cache: Tensor, count: int, kept: int) -> tuple[Tensor, bool]:
+    """Where the last `kept` of the rows of a cache [N, S, ...] and `count` more lie: [N, kept, ...]; kept >= count.
+
+    The new rows are the caller's to write, and the older too where the second that is returned says so.
+    """
+    batch, before, *rest = cache.shape
+    if _take(cache, count):
+        strides = cache.stride()
+        first = cache.storage_offset() + (before + count - kept) * strides[1]
+        return cache.as_strided((batch, kept, *rest), strides, first), False
+    # half as many rows again
+    shape = (batch, kept + kept // 2 + 16, *rest)
+    rows = cache.new_empty(shape)
+    strides = rows.stride()
+    setattr(rows.untyped_storage(), "room", _Room(shape, strides, kept))  # noqa: B010
+    return rows.as_strided((batch, kept, *rest), strides), True
 
 
 def recent(cache: Tensor, count: int) -> Tensor:
@@ -55,7 +74,7 @@ def _take(cache: Tensor, count: int) -> bool:
     room: _Room | None = getattr(cache.untyped_storage(), "room", None)
     if room is None or (cache.shape[0], *cache.shape[2:]) != (room.shape[0], *room.shape[2:]):
         return False
-    if cache.stride() != _strides(room.shape) or cache.storage_offset() % cache.stride(1):
+    if cache.stride() != room.strides or cache.storage_offset() % cache.stride(1):
         return False
     end = cache.storage_offset() // cache.stride(1) + cache.shape[1]
     with _taking:
@@ -63,22 +82,6 @@ def _take(cache: Tensor, count: int) -> bool:
             return False
         room.taken += count
     return True
-
-
-def _with_room(cache: Tensor, length: int) -> Tensor:
-    """A copy of the cache with room for half as many rows again as `length`, those up to `length` taken."""
-    shape = (cache.shape[0], length + length // 2 + 16, *cache.shape[2:])
-    rows = cache.new_empty(shape)
-    setattr(rows.untyped_storage(), "room", _Room(shape, length))  # noqa: B010
-    rows = rows[:, : cache.shape[1]]
-    return rows.copy_(cache)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)
 
 
 def align(
