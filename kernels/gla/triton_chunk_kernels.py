@@ -34,16 +34,16 @@ from kernels.triton_matrix import first_state, load_row, load_state, store_state
 from kernels.triton_rows import sequence_of
 
 
-@triton.jit(do_not_specialize=["T"])
-def gla_states(
-    k, v, log_decay, initial, kept, final, cu_seqlens, T, H, K, V,
+@triton.jit
+def walk(
+    program, k, v, log_decay, initial, kept, final, cu_seqlens, T, H, K, V,
     SCALE: tl.constexpr, DECAYS: tl.constexpr, EXCLUSIVE: tl.constexpr, AGAINST: tl.constexpr, WHOLE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # One sequence and head, BK keys and BV values of the state. AGAINST time k is q, v is dy, and states are gradients
+    # One sequence and head, BK keys and BV values of the state
     key_blocks, value_blocks = tl.cdiv(K, BK), tl.cdiv(V, BV)
-    block = tl.program_id(0) % (key_blocks * value_blocks)
-    head = tl.program_id(0) // (key_blocks * value_blocks)
+    block = program % (key_blocks * value_blocks)
+    head = program // (key_blocks * value_blocks)
     n, h = (head // H).to(tl.int64), head % H
     keys = block // value_blocks * BK + tl.arange(0, BK)
     values = block % value_blocks * BV + tl.arange(0, BV)
@@ -54,14 +54,16 @@ def gla_states(
         chunk = first // C + n
     state = first_state(initial, n * H + h, K, V, keys, values, tl.float32)
     chunks = tl.cdiv(length, C)
-    # a row's own decay is not after it, and before it unless it is EXCLUSIVE
-    rows = reach(AGAINST, EXCLUSIVE, C)
     for i in tl.range(0, chunks, num_stages=STAGES):
         c = chunks - 1 - i if AGAINST else i
         start = first + c * C
         count = tl.minimum(length - c * C, C).to(tl.int32)
         if kept is not None:
             store_state(kept, (chunk + c) * H + h, K, V, keys, values, state)
+        if DECAYS > 0:
+            # a row's own decay is not after it, and before it unless it is EXCLUSIVE. The same for all chunks, but a
+            # product's copy of it would be in registers through the whole loop
+            rows = tl.where(i < chunks, reach(AGAINST, EXCLUSIVE, C), 0.0)
         if DECAYS == 2:
             logs = load_logs(log_decay, start, count, h, H, K, keys, C)
             decays = decays_over(rows, logs, WHOLE)
@@ -78,6 +80,37 @@ def gla_states(
             state = tl.dot(tl.trans(key), value, state, input_precision=WHOLE)
     if final is not None:
         store_state(final, n * H + h, K, V, keys, values, state)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gla_states(
+    q, k, v, dy, log_decay, initial, dfinal, kept, dkept, final, dinitial, cu_seqlens, T, H, K, V,
+    SCALE: tl.constexpr, DECAYS: tl.constexpr, EXCLUSIVE: tl.constexpr, WHOLE: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # The states before all chunks, where there is `kept` or `final`, and their gradients after them, where there is
+    # `dkept`: against time, with q and dy in place of k and v. Every other program does the one where both are wanted
+    program = tl.program_id(0)
+    if dkept is None:
+        walk(
+            program, k, v, log_decay, initial, kept, final, cu_seqlens, T, H, K, V,
+            1.0, DECAYS, EXCLUSIVE, False, WHOLE, C, BK, BV, STAGES,
+        )  # fmt: skip
+    elif kept is None:
+        walk(
+            program, q, dy, log_decay, dfinal, dkept, dinitial, cu_seqlens, T, H, K, V,
+            SCALE, DECAYS, EXCLUSIVE, True, WHOLE, C, BK, BV, STAGES,
+        )  # fmt: skip
+    elif program % 2 == 0:
+        walk(
+            program // 2, k, v, log_decay, initial, kept, final, cu_seqlens, T, H, K, V,
+            1.0, DECAYS, EXCLUSIVE, False, WHOLE, C, BK, BV, STAGES,
+        )  # fmt: skip
+    else:
+        walk(
+            program // 2, q, dy, log_decay, dfinal, dkept, dinitial, cu_seqlens, T, H, K, V,
+            SCALE, DECAYS, EXCLUSIVE, True, WHOLE, C, BK, BV, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -104,6 +137,8 @@ def gla_outputs(
             if DECAYS == 2:
                 logs = load_logs(log_decay, first, count, h, H, K, keys, C)
                 rows = reach(False, False, C) if AGAINST else reach(True, EXCLUSIVE, C)
+                # the same rows for all keys, but a product's copy of them would be in registers through the whole loop
+                rows = tl.where(start < K, rows, 0.0)
                 out = tl.dot(query * decays_over(rows, logs, WHOLE), state, out, input_precision=OUTPUT)
                 level = 0
                 while 1 << level < C:

@@ -1,4 +1,4 @@
-"""How the Triton kernels of gated linear attention in chunks are launched: two launches forward, four backward."""
+"""How the Triton kernels of gated linear attention in chunks are launched: two launches forward, three backward."""
 
 from __future__ import annotations
 
@@ -143,27 +143,22 @@ class Chunks:
     def forward(self, y: Tensor, final: Tensor) -> list[Launch]:
         kept = self.kept()
         rows = {name: self.rows[name] for name in ("q", "k", "v")}
-        return [
-            self.walk(rows["k"], rows["v"], self.initial, kept, final, against=False),
-            self.outputs({**rows, "kept": kept, "y": y}, against=False),
-        ]
+        return [self.walk(kept, final=final), self.outputs({**rows, "kept": kept, "y": y}, against=False)]
 
     def backward(self, dy: Tensor | None, dfinal: Tensor | None, found: Mapping[str, Tensor | None]) -> list[Launch]:
         dy, dfinal = contiguous({"dy": dy, "dfinal": dfinal}).values()
-        kept, dkept = self.kept(), self.kept()
-        q, k, v = (self.rows[name] for name in ("q", "k", "v"))
-        launches = [self.walk(q, dy, dfinal, dkept, found["initial"], against=True)]
+        rows = any(found[name] is not None for name in ("q", "k", "log_decay", "bonus"))
+        kept, dkept = self.kept() if rows else None, self.kept()
+        q, k = self.rows["q"], self.rows["k"]
+        launches = [self.walk(kept, dkept, dy=dy, dfinal=dfinal, dinitial=found["initial"])]
         if found["v"] is not None:
             launches += [self.outputs({"q": k, "k": q, "v": dy, "kept": dkept, "y": found["v"]}, against=True)]
-        if any(found[name] is not None for name in ("q", "k", "log_decay", "bonus")):
+        if rows:
             given: dict[str, Any] = {"dy": dy, **self.rows, "bonus": self.bonus, "kept": kept, "dkept": dkept}
             given |= {f"d{name}": found[name] for name in ("q", "k", "log_decay", "bonus")}
             given |= {"WHOLE": self.whole, "EXACT": self.narrow, "ROWS": self.batch * self.length}
             programs = self.chunks * self.heads * self.key_blocks
-            launches += [
-                self.walk(k, v, self.initial, kept, None, against=False),
-                self._launch(gla_gradients, programs, given | self.blocks(gla_gradients)),
-            ]
+            launches += [self._launch(gla_gradients, programs, given | self.blocks(gla_gradients))]
         return launches
 
     def kept(self) -> Tensor:
@@ -171,22 +166,18 @@ class Chunks:
         return self.new(self.chunks, self.heads, self.keys, self.values)
 
     def walk(
-        self, k: Tensor | None, v: Tensor | None, initial: Tensor | None, kept: Tensor, final: Tensor | None, *,
-        against: bool,
+        self, kept: Tensor | None, dkept: Tensor | None = None, *, dy: Tensor | None = None,
+        final: Tensor | None = None, dfinal: Tensor | None = None, dinitial: Tensor | None = None,
     ) -> Launch:  # fmt: skip
-        """Over the chunks of every sequence, along or against time."""
-        arguments: dict[str, Any] = {
-            "k": k,
-            "v": v,
-            "initial": initial,
-            "kept": kept,
-            "final": final,
-            **self.blocks(gla_states),
-        }
-        arguments |= {"log_decay": self.rows["log_decay"], "EXCLUSIVE": self.bonus is not None, "AGAINST": against}
-        arguments |= {"SCALE": self.scale if against else 1.0, "WHOLE": self.whole, "STAGES": 2}
+        """Over the chunks of every sequence: along time where there is `kept`, against it where there is `dkept`."""
+        directions = sum(x is not None for x in (kept, dkept))
+        arguments: dict[str, Any] = {name: self.rows[name] for name in ("q", "k", "v", "log_decay")}
+        arguments |= {"dy": dy, "initial": self.initial, "dfinal": dfinal, "kept": kept, "dkept": dkept}
+        arguments |= {"final": final, "dinitial": dinitial, **self.blocks(gla_states, directions)}
+        arguments |= {"EXCLUSIVE": self.bonus is not None, "SCALE": self.scale, "WHOLE": self.whole, "STAGES": 2}
         blocks = -(-self.keys // arguments["BK"]) * -(-self.values // arguments["BV"])
-        return self._launch(gla_states, self.sequences * self.heads * blocks, arguments, self.chunks // self.sequences)
+        programs = self.sequences * self.heads * blocks * directions
+        return self._launch(gla_states, programs, arguments, self.chunks // self.sequences)
 
     def outputs(self, tensors: Mapping[str, Tensor | None], *, against: bool) -> Launch:
         arguments: dict[str, Any] = {
@@ -208,20 +199,26 @@ class Chunks:
             enough = self.keys > 32
         return enough and self.config["chunk"] == 32
 
-    def blocks(self, kernel: Any) -> dict[str, int]:
-        """Keys and values that a program has at a time, at least the 16 that tl.dot takes."""
-        widths, most = (self.keys, self.values), BLOCKS[self.config["chunk"]][kernel]
+    def blocks(self, kernel: Any, directions: int = 1) -> dict[str, int]:
+        """Keys and values that a program has at a time, at least the 16 that tl.dot takes. directions: of a walk."""
+        most, K, V = BLOCKS[self.config["chunk"]][kernel], self.keys, self.values
+        # rows of an odd number of values take more registers to address
+        aligned = V % 16 == 0
         if self.wide(kernel):
             most = WIDE[kernel]
-            if kernel is gla_states and self.decays < 2:
+            if kernel is gla_states and aligned and directions * -(-K // 64) * -(-V // 128) >= 4:
+                most = (64, 128)
+            elif kernel is gla_states and self.decays < 2:
                 # beside one decay for all keys or none there are only k and v to read
                 most = (64, 64)
+            elif kernel is gla_outputs and V > 128 and (aligned or self.bonus is None):
+                most = (16, 256)
             elif kernel is gla_gradients and self.decays == 1:
                 # registers have room for no more beside the products of q and k
                 most = (64, 16)
-            elif kernel is gla_gradients and self.decays == 2 and not self.nvidia:
+            elif kernel is gla_gradients and self.decays == 2 and self.bonus is not None and not self.nvidia:
                 most = (32, 32)
-        BK, BV = (min(max(triton.next_power_of_2(width), 16), limit) for width, limit in zip(widths, most))
+        BK, BV = (min(max(triton.next_power_of_2(width), 16), limit) for width, limit in zip((K, V), most))
         return {"BK": BK, "BV": BV}
 
     @property

@@ -51,6 +51,7 @@ def test_chunks(direction: str, dtype: torch.dtype, config: int, target: str) ->
     check(target, direction, config, dtype, chunks=True)
     check(target, direction, config, dtype, 128, chunks=True, packed=True, bonus=True)
     check(target, direction, config, dtype, 128, chunks=True, values=128)
+    check(target, direction, config, dtype, 256, chunks=True, values=256)
     check(target, direction, config, dtype, 128, chunks=True, values=128, per_key=False, bonus=True)
     check(target, direction, config, dtype, chunks=True, per_key=False, bonus=True)
     check(target, direction, config, dtype, chunks=True, log_decay=False)
