@@ -39,7 +39,7 @@ def check(target: str, posed: Problem, config: dict[str, int]) -> None:
     if target.startswith("sm_") and config["num_stages"] > 1:
         streams = 1 if posed.direction == "forward" else 2
         # Before and after the loop: rows at the borders, states, taps
-        once = 5 * max(1, posed.dtypes["x"].itemsize // 4)
+        once = 6 * max(1, posed.dtypes["x"].itemsize // 4)
         assert first.asynchronous >= max(streams * config["num_stages"], first.loads[16] - once), first
 
 
