@@ -129,6 +129,12 @@ def test_bytes_moved_in_chunks(
         assert both - moved <= limit * (least_of_both - least), (direction, (both - moved) / (least_of_both - least))
 
 
+def test_bytes_that_wide_states_add() -> None:
+    moved, least = moved_and_least("backward", 256, 1, dtype=tc.FLOAT32)
+    both, least_of_both = moved_and_least("backward", 256, 2, dtype=tc.FLOAT32)
+    assert both - moved <= 1.6 * (least_of_both - least)
+
+
 @pytest.mark.parametrize("config", [tc.CONFIG, CHUNKS], ids=["loop", "chunks"])
 @pytest.mark.parametrize("missing", ["dy", "dfinal_state"])
 def test_a_loss_on_one_output(missing: str, config: dict[str, int]) -> None:
