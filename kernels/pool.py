@@ -9,6 +9,7 @@ pages whenever it needs memory.
 
 from __future__ import annotations
 
+import math
 import mmap
 import weakref
 from typing import Any
@@ -44,7 +45,7 @@ def empty_like(x: Tensor) -> Tensor:
     needed = x.nbytes
     # In deterministic mode torch fills uninitialised memory.
     if needed < SMALLEST_BYTES or not AVAILABLE or torch.are_deterministic_algorithms_enabled():
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
     size = _block_size(needed)
     block = _take(size) or _new(size)
     if block is None:
@@ -59,6 +60,8 @@ def empty_like(x: Tensor) -> Tensor:
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """Likewise of this shape."""
+    if math.prod(shape) * dtype.itemsize < SMALLEST_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return empty_like(torch.empty((), dtype=dtype, device="cpu").expand(shape))
 
 

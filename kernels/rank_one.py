@@ -92,7 +92,7 @@ class Native:
             address(dv),
             address(dinitial),
             kept.data_ptr(),
-            kept[0].numel(),
+            kept.numel() // kept.shape[0],
         )
         return tuple(found)
 
