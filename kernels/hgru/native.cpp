@@ -152,7 +152,8 @@ void run(const Problem& p) {
             else forward_tile<T, PAIRS, KIND, W>(p, tiling, t, start, end);
         };
         if (twice == full || t.columns < twice || g.kind != SILU) with.template operator()<KNOWN_LATER, full>();
-        else if constexpr (twice > full) with.template operator()<SILU, twice>();
+        // two vectors at once of what a gradient needs have no room in the registers, where numbers have 32 bits
+        else if constexpr (twice > full) with.template operator()<SILU, backward && !kShort<T> ? full : twice>();
     };
     const void *x, *first;
     void* last;
