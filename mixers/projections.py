@@ -13,12 +13,12 @@ from kernels.lone import unobserved
 from kernels.memory import DTYPES
 from kernels.projections import ROWS, SOURCE, linear_maps
 
-_FORWARD = nn.Linear.forward
+_FORWARD, _SEQUENCE = nn.Linear.forward, nn.Sequential.forward
 
 
 def project(x: Tensor, *maps: nn.Module | None) -> list[Any]:
     """[m(x) for m in maps], None for None; those that are plain linear maps in one call, where x is a token or few
-    without a gradient.
+    without a gradient; of sequences of such maps the first of each, then the second.
 
     Whatever somebody has put in a linear map's place, or hung on it, is called as the module that it is.
     """
@@ -27,13 +27,33 @@ def project(x: Tensor, *maps: nn.Module | None) -> list[Any]:
 
 def project_each(pairs: Sequence[tuple[Tensor, nn.Module | None]]) -> list[Any]:
     """[m(x) for x, m in pairs] likewise, every x having the same shape."""
-    found: list[Any] = [None] * len(pairs)
     first = pairs[0][0]
-    if nn.Linear.forward is _FORWARD and _few(first) and unobserved(SOURCE):
-        found = [_parameters(m, x, first) for x, m in pairs]
+    if not (nn.Linear.forward is _FORWARD and _few(first) and unobserved(SOURCE)):
+        return [None if m is None else m(x) for x, m in pairs]
+    chains = [_chain(m) for _, m in pairs]
+    made = _at_once([(x, chain[0]) for (x, _), chain in zip(pairs, chains)])
+    for depth in range(1, max(map(len, chains))):
+        longer = [n for n, chain in enumerate(chains) if len(chain) > depth]
+        for n, y in zip(longer, _at_once([(made[n], chains[n][depth]) for n in longer])):
+            made[n] = y
+    return made
+
+
+def _at_once(pairs: Sequence[tuple[Tensor, nn.Module | None]]) -> list[Any]:
+    """[m(x) for x, m in pairs]; plain linear maps of a token or few in one call."""
+    first = pairs[0][0]
+    found: list[Any] = [_parameters(m, x, first) for x, m in pairs] if _few(first) else [None] * len(pairs)
     plain = [map for map in found if map is not None]
     made = iter(linear_maps(plain) if plain else ())
     return [next(made) if p is not None else None if m is None else m(x) for p, (x, m) in zip(found, pairs)]
+
+
+def _chain(m: nn.Module | None) -> tuple[nn.Module | None, ...]:
+    """The linear maps that a sequence of nothing else calls one after the other; any other module by itself."""
+    if type(m) is not nn.Sequential or nn.Sequential.forward is not _SEQUENCE or not untouched(m, nn.Sequential):
+        return (m,)
+    maps = tuple(m)
+    return maps if maps and all(type(each) is nn.Linear for each in maps) else (m,)
 
 
 def untouched(module: Any, kind: type[nn.Module]) -> bool:

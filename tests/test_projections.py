@@ -185,3 +185,19 @@ def test_each_map_of_a_row_of_its_own(native: list[int]) -> None:
             assert torch.allclose(found, m(x), rtol=1e-12, atol=1e-12)
     # what has another shape is computed by its module
     assert native == [4]
+
+
+@needs_compiler
+def test_sequences_of_maps_go_step_by_step(native: list[int]) -> None:
+    torch.manual_seed(0)
+    x, up = torch.randn(1, 1, 8), nn.Linear(3, 5)
+    maps = [nn.Linear(8, 4), nn.Sequential(nn.Linear(8, 3), up), nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2))]
+    with torch.no_grad():
+        found = project(x, *maps, nn.Sequential())
+        torch.testing.assert_close(found, [*(m(x) for m in maps), x])
+        # the first of each together; then rows of different widths, of which one is called
+        assert native == [3, 1]
+        for watched in (up, maps[1]):
+            handle = watched.register_forward_hook(lambda module, given, y: y + 1)
+            torch.testing.assert_close(project(x, *maps)[1], found[1] + 1)
+            handle.remove()
