@@ -48,11 +48,6 @@ void run(const Problem& p) {
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
 void projections(const Problem* p) {
-    switch (p->format) {
-        case 0: return run<double>(*p);
-        case 1: return run<float>(*p);
-        case 2: return run<Half>(*p);
-        case 3: return run<BFloat16>(*p);
-    }
+    with_format(p->format, [&]<class T>() { run<T>(*p); });
 }
 }

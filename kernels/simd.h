@@ -136,6 +136,17 @@ INLINE void operator*=(Group<V, K>& a, const B& b) {
 template <class T>
 using StateOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// f<T>() with the format of that number. kernels/memory.py counts them in this order.
+template <class F>
+void with_format(int64_t format, const F& f) {
+    switch (format) {
+        case 0: return f.template operator()<double>();
+        case 1: return f.template operator()<float>();
+        case 2: return f.template operator()<Half>();
+        case 3: return f.template operator()<BFloat16>();
+    }
+}
+
 template <class To, class From>
 INLINE To bits_as(From v) {
     static_assert(sizeof(To) == sizeof(From));

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from kernels.packing import Packing
 from kernels.problem import state_dtype
 from mixers.heads import split
 from mixers.mixer import SequenceMixer
-from mixers.parts import frequencies, rotate
+from mixers.parts import kept_frequencies, rotate
 from mixers.projections import project
 from mixers.registry import register
 
@@ -136,7 +135,7 @@ class Attention(SequenceMixer):
         frequency = None
         if self.rotary:
             wide = state_dtype(q.dtype)
-            frequency = _frequencies(q.shape[-1] // 2, self.rotary_base, device=q.device, dtype=wide)
+            frequency = kept_frequencies(q.shape[-1] // 2, self.rotary_base, device=q.device, dtype=wide)
         y, after = step(q, rows, cached, length, start, window=self.window, frequency=frequency)
         return y, self._named(after, length + 1, start, cached[0].shape[1] + 1)
 
@@ -214,10 +213,6 @@ class Attention(SequenceMixer):
     def state_size(self, length: int = 1) -> int:
         rows = length if self.window is None else min(length, self.window - 1)
         return 2 * rows * self.kv_heads * self.head_dim if self.causal else 0
-
-
-# for tokens alone, whose frequencies are the same every time
-_frequencies = functools.cache(frequencies)
 
 
 def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -122,6 +123,10 @@ class LowerBounded(nn.Module):
 def frequencies(half: int, base: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Those of rotary position embeddings, base^(-j / half) [half]."""
     return base ** (torch.arange(0, -half, -1, device=device, dtype=dtype) / half)
+
+
+# for tokens alone, whose frequencies are the same every time
+kept_frequencies = functools.cache(frequencies)
 
 
 def rotate(q: Tensor, k: Tensor, positions: Tensor, base: float = 10000.0) -> tuple[Tensor, Tensor]:

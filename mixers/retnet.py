@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from kernels.packing import Packing
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
-from mixers.parts import frequencies, rotate
+from mixers.parts import kept_frequencies, rotate
 from mixers.projections import project
 from mixers.registry import register
 
@@ -87,7 +86,7 @@ class RetNet(SequenceMixer):
         q, k, v = (split(row, self.heads) for row in qkv)
         if can_step(q, state["S"], cu_seqlens, self.backend, k, v):
             wide, before = state["S"].dtype, state["length"]
-            frequency = _frequencies(self.key_width // 2, self.rotary_base, device=q.device, dtype=wide)
+            frequency = kept_frequencies(self.key_width // 2, self.rotary_base, device=q.device, dtype=wide)
             y, S = retention_step(q, k, v, state["S"], before, frequency)
             length = before + 1
         else:
@@ -105,10 +104,6 @@ class RetNet(SequenceMixer):
         log_decay = log_decay.expand(*q.shape[:2], -1).contiguous()
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         return y, S, length
-
-
-# for tokens alone, whose frequencies are the same every time
-_frequencies = functools.cache(frequencies)
 
 
 def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

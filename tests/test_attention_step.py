@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from native_calls import TOLERANCES, calls_of
 
 import mixers
 from kernels import jit_cpp
@@ -18,8 +18,6 @@ pytestmark = [
     pytest.mark.usefixtures("nan_filled"),
 ]
 
-# 16-bit layers round what stands between their ops
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 LAYERS: dict[str, dict[str, Any]] = {
     "attention": {"heads": 6, "kv_heads": 2, "head_dim": 7},
     "attention window": {"heads": 3, "window": 4},
@@ -29,18 +27,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The native functions that were called."""
-    calls: list[str] = []
-    real = step._function
-
-    def counting(name: str, fields: int | str) -> Callable[..., None]:
-        calls.append(name)
-        return real(name, fields)
-
-    monkeypatch.setattr(step, "_function", counting)
-    return calls
+native = calls_of(step)
 
 
 def build(name: str, dim: int, **options: Any) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from native_calls import TOLERANCES, calls_of
 
 import mixers
 from kernels import jit_cpp
@@ -16,8 +16,6 @@ from mixers.state import leaves
 
 pytestmark = pytest.mark.skipif(jit_cpp.reason(step.SOURCE) is not None, reason="no C++ compiler")
 
-# 16-bit layers round what stands between their ops
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 LAYERS: dict[str, dict[str, Any]] = {
     "based": {"heads": 3, "feature_dim": 5, "window": None},
     "linear_attention": {"heads": 3},
@@ -29,18 +27,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The native functions that were called."""
-    calls: list[str] = []
-    real = step._function
-
-    def counting(name: str, fields: int | str) -> Callable[..., None]:
-        calls.append(name)
-        return real(name, fields)
-
-    monkeypatch.setattr(step, "_function", counting)
-    return calls
+native = calls_of(step)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_calls import TOLERANCES, calls_of
 from torch import Tensor, nn
 
 from kernels import jit_cpp
@@ -16,8 +17,6 @@ from mixers.hgrn import HGRN
 
 pytestmark = pytest.mark.skipif(jit_cpp.reason(step.SOURCE) is not None, reason="no C++ compiler")
 
-# layers in 16 bits round what stands between their modules
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "complex": {},
     "real": {"complex": False},
@@ -27,18 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The native functions that were called."""
-    calls: list[str] = []
-    real = step._function
-
-    def counting(name: str, fields: int | str) -> Callable[..., None]:
-        calls.append(name)
-        return real(name, fields)
-
-    monkeypatch.setattr(step, "_function", counting)
-    return calls
+native = calls_of(step)
 
 
 def _layer(dim: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

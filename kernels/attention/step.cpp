@@ -218,13 +218,6 @@ void step(const Step& s) {
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
 int attention_step(const Step* s) {
-    return unless_out_of_memory([&] {
-        switch (s->format) {
-            case 0: return step<double>(*s);
-            case 1: return step<float>(*s);
-            case 2: return step<Half>(*s);
-            case 3: return step<BFloat16>(*s);
-        }
-    });
+    return unless_out_of_memory([&] { with_format(s->format, [&]<class T>() { step<T>(*s); }); });
 }
 }

@@ -61,14 +61,7 @@ void with_activation(const Problem& p, const F& f) {
 
 template <class F>
 int with_types(const Problem& p, const F& f) {
-    return unless_out_of_memory([&] {
-        switch (p.format) {
-            case 0: return with_activation<double>(p, f);
-            case 1: return with_activation<float>(p, f);
-            case 2: return with_activation<Half>(p, f);
-            case 3: return with_activation<BFloat16>(p, f);
-        }
-    });
+    return unless_out_of_memory([&] { with_format(p.format, [&]<class T>() { with_activation<T>(p, f); }); });
 }
 
 }  // namespace

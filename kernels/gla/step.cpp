@@ -320,13 +320,6 @@ int gla_space_step(const SpaceStep* s) {
     return unless_out_of_memory([&] { s->format == 0 ? space_step<double>(*s) : space_step<float>(*s); });
 }
 int gla_shift_step(const ShiftStep* s) {
-    return unless_out_of_memory([&] {
-        switch (s->format) {
-            case 0: return shift_step<double>(*s);
-            case 1: return shift_step<float>(*s);
-            case 2: return shift_step<Half>(*s);
-            case 3: return shift_step<BFloat16>(*s);
-        }
-    });
+    return unless_out_of_memory([&] { with_format(s->format, [&]<class T>() { shift_step<T>(*s); }); });
 }
 }

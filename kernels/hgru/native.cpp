@@ -176,20 +176,15 @@ void run(const Problem& p) {
 }
 
 template <class Problem>
-void with_format(const Problem& p) {
-    auto with_pairs = [&]<class T>() { p.given.pairs ? run<Problem, T, true>(p) : run<Problem, T, false>(p); };
-    switch (p.given.format) {
-        case 0: return with_pairs.template operator()<double>();
-        case 1: return with_pairs.template operator()<float>();
-        case 2: return with_pairs.template operator()<Half>();
-        case 3: return with_pairs.template operator()<BFloat16>();
-    }
+void with_types(const Problem& p) {
+    const Given& g = p.given;
+    with_format(g.format, [&]<class T>() { g.pairs ? run<Problem, T, true>(p) : run<Problem, T, false>(p); });
 }
 
 }  // namespace
 
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
-void hgru_forward(const Forward* p) { with_format(*p); }
-void hgru_backward(const Backward* p) { with_format(*p); }
+void hgru_forward(const Forward* p) { with_types(*p); }
+void hgru_backward(const Backward* p) { with_types(*p); }
 }

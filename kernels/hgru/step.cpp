@@ -158,13 +158,6 @@ void run(const Step& s) {
 extern "C" {
 int vector_bytes() { return kVectorBytes; }
 int hgru_step(const Step* s) {
-    return unless_out_of_memory([&] {
-        switch (s->format) {
-            case 0: return run<double>(*s);
-            case 1: return run<float>(*s);
-            case 2: return run<Half>(*s);
-            case 3: return run<BFloat16>(*s);
-        }
-    });
+    return unless_out_of_memory([&] { with_format(s->format, [&]<class T>() { run<T>(*s); }); });
 }
 }

@@ -175,17 +175,6 @@ void with_taps(P p, const F& f) {
     f(p);
 }
 
-// Calls f with the format of x. native.py counts them in this order.
-template <class F>
-void with_format(const Problem& p, const F& f) {
-    switch (p.format) {
-        case 0: return f.template operator()<double>();
-        case 1: return f.template operator()<float>();
-        case 2: return f.template operator()<Half>();
-        case 3: return f.template operator()<BFloat16>();
-    }
-}
-
 }  // namespace
 
 static_assert(sizeof(Forward) == 22 * 8 && sizeof(Backward) == 28 * 8, "native.py packs this many fields");
@@ -194,12 +183,12 @@ extern "C" {
 int vector_bytes() { return kVectorBytes; }
 int short_conv_forward(const Forward* p) {
     return unless_out_of_memory([&] {
-        with_format(p->problem, [&]<class T>() { with_taps<StateOf<T>>(*p, forward<T>); });
+        with_format(p->problem.format, [&]<class T>() { with_taps<StateOf<T>>(*p, forward<T>); });
     });
 }
 int short_conv_backward(const Backward* p) {
     return unless_out_of_memory([&] {
-        with_format(p->problem, [&]<class T>() { with_taps<StateOf<T>>(*p, backward<T>); });
+        with_format(p->problem.format, [&]<class T>() { with_taps<StateOf<T>>(*p, backward<T>); });
     });
 }
 }

@@ -1,0 +1,31 @@
+"""What the tests of single tokens share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+# 16-bit layers round what stands between their ops
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def calls_of(step: ModuleType) -> Any:
+    """A fixture: the native functions that were called by way of a module."""
+
+    @pytest.fixture
+    def native(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        calls: list[str] = []
+        real = step._function
+
+        def counting(name: str, fields: int | str) -> Callable[..., None]:
+            calls.append(name)
+            return real(name, fields)
+
+        monkeypatch.setattr(step, "_function", counting)
+        return calls
+
+    return native
