@@ -79,10 +79,11 @@ def test_chunks_where_sequences_are_long() -> None:
     assert names(length=1024, dtype=tc.FLOAT64) == names(length=1024, keys=257) == [False] * 3
 
 
+@pytest.mark.parametrize("values", [130, 144])
 @pytest.mark.parametrize("direction, per_key", [("forward", True), ("backward", False)])
-def test_chunks_of_wide_states(direction: str, per_key: bool) -> None:
+def test_chunks_of_wide_states(direction: str, per_key: bool, values: int) -> None:
     """More keys and values than narrow programs have at a time, and not a whole number of blocks of them."""
-    inputs = posed(direction, length=35, keys=66, values=144, heads=1, per_key=per_key, initial_state=True)
+    inputs = posed(direction, length=35, keys=66, values=values, heads=1, per_key=per_key, initial_state=True)
     tc.agrees(inputs, {"chunk": 32, "num_warps": 4})
 
 
