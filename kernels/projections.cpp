@@ -10,12 +10,12 @@ struct Map {
     const void* x;  // [rows, width]
     LinearMap map;
     void* y;  // [rows, outputs]
-    int64_t outputs;
+    int64_t width, outputs;
 };
 
 // All fields are 8 bytes: projections.py packs them as one array.
 struct Problem {
-    int64_t count, rows, width, format, threads;
+    int64_t count, rows, format, threads;
     Map maps[];
 };
 
@@ -36,7 +36,8 @@ void run(const Problem& p) {
         S made[kRows * kChunk];
         for (int64_t r = 0; r < p.rows; r += kRows) {
             const int64_t rows = std::min<int64_t>(kRows, p.rows - r);
-            outputs_of<T>(map->map, static_cast<const T*>(map->x) + r * p.width, rows, p.width, first, end, made, kChunk);
+            const T* x = static_cast<const T*>(map->x) + r * map->width;
+            outputs_of<T>(map->map, x, rows, map->width, first, end, made, kChunk);
             for (int64_t k = 0; k < rows; ++k)
                 copy_converted(made + k * kChunk, end - first, static_cast<T*>(map->y) + (r + k) * map->outputs + first);
         }

@@ -27,20 +27,20 @@ SERIAL_SIZE = 65536
 def linear_maps(maps: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Tensor]:
     """x Wᵀ + b for each x [..., width], weight W [outputs, width] and bias b [outputs] or None.
 
-    All are contiguous tensors on the CPU in one dtype, and every x has the same shape.
+    All are contiguous tensors on the CPU in one dtype, and every x has the same shape but for its width.
     """
     x = maps[0][0]
-    *outer, width = x.shape
+    outer = x.shape[:-1]
     fields: list[int] = []
     made, numbers = [], 0
     for row, weight, bias in maps:
-        outputs = weight.shape[0]
-        y = torch.empty_like(x) if outputs == width else x.new_empty((*outer, outputs))
+        outputs, width = weight.shape
+        y = torch.empty_like(row) if outputs == width else x.new_empty((*outer, outputs))
         made.append(y)
-        fields += (row.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), outputs)
+        fields += (row.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), width, outputs)
         numbers += outputs * width
     threads = torch.get_num_threads() if numbers >= SERIAL_SIZE else 1
-    _function(5 + len(fields))(len(made), x.numel() // width, width, DTYPES[x.dtype], threads, *fields)
+    _function(4 + len(fields))(len(made), outer.numel(), DTYPES[x.dtype], threads, *fields)
     return made
 
 

@@ -26,7 +26,7 @@ def project(x: Tensor, *maps: nn.Module | None) -> list[Any]:
 
 
 def project_each(pairs: Sequence[tuple[Tensor, nn.Module | None]]) -> list[Any]:
-    """[m(x) for x, m in pairs] likewise, every x having the same shape."""
+    """[m(x) for x, m in pairs] likewise, every x [..., width] having the same shape but for its width."""
     first = pairs[0][0]
     if not (nn.Linear.forward is _FORWARD and _few(first) and unobserved(SOURCE)):
         return [None if m is None else m(x) for x, m in pairs]
@@ -72,14 +72,14 @@ def _few(x: Tensor) -> bool:
 
 def _parameters(m: Any, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Input, weight and bias of a linear map; None if calling it may mean anything else, or is an error."""
-    if type(m) is not nn.Linear or not untouched(m, nn.Linear) or x.shape != first.shape:
+    if type(m) is not nn.Linear or not untouched(m, nn.Linear) or x.shape[:-1] != first.shape[:-1]:
         return None
     if x is not first and not (_few(x) and x.dtype is first.dtype):
         return None
     own, dtype = m.__dict__["_parameters"], first.dtype
     # False: what is no parameter is nothing that can be read
     weight, bias = own.get("weight"), own.get("bias", False)
-    if not _plain(weight, dtype) or weight.ndim != 2 or weight.shape[1] != first.shape[-1]:
+    if not _plain(weight, dtype) or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         return None
     if bias is not None and not (_plain(bias, dtype) and bias.shape == weight.shape[:1]):
         return None
