@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.gated_step import step
 from kernels.problem import state_dtype
+from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import cast
@@ -85,8 +87,12 @@ class GLA(SequenceMixer):
         return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        *qkv, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.decay_proj, self.g_proj)
-        q, k, v, decay = (split(row, self.heads) for row in qkv)
+        q, k, v, decay, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.decay_proj, self.g_proj)
+        norm = for_step(self.norm, x, state["S"], cu_seqlens, self.backend)
+        if norm is not None:
+            y, S = step(q, k, v, decay, g, state["S"], heads=self.heads, temperature=self.temperature, **norm)
+            return project(y, self.o_proj)[0], {"S": S}
+        q, k, v, decay = (split(row, self.heads) for row in (q, k, v, decay))
         log_decay = F.logsigmoid(cast(decay, state_dtype(decay.dtype))) / self.temperature
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         return project(self.norm(y, g), self.o_proj)[0], {"S": S}

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.gated_step import step
 from kernels.problem import state_dtype
+from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
 from mixers.parts import LowerBounded, cast
@@ -71,10 +73,28 @@ class HGRN2(LowerBounded, SequenceMixer):
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, v, f = project(x, self.q_proj, self.i_proj, self.f_proj)
+        if (found := self._alone(x, q, v, f, state["S"], cu_seqlens)) is not None:
+            y, S = found
+            return project(y, self.o_proj)[0], {"S": S}
         log_decay, k = self.gates(f)
         q, k, v, log_decay = (split(t, self.heads) for t in (F.silu(q), cast(k, v.dtype), v, log_decay))
         y, S = gla(q, k, v, log_decay, state["S"], cu_seqlens=cu_seqlens, backend=self.backend)
         return project(self.norm(y.flatten(-2)), self.o_proj)[0], {"S": S}
+
+    def _alone(
+        self, x: Tensor, q: Tensor, v: Tensor, f: Tensor, S: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The norm of one token and the state after it in one native call; None where the ops are to be asked."""
+        if x.shape[1] > 1 or type(self) is not HGRN2:
+            return None
+        bound = self.lower_bound()
+        if isinstance(bound, Tensor):
+            bound = cast(bound, state_dtype(x.dtype)).expand(self.dim)
+        states = (bound,) if isinstance(bound, Tensor) else ()
+        norm = for_step(self.norm, x, S, cu_seqlens, self.backend, states=states)
+        if norm is None:
+            return None
+        return step(q, None, v, f, None, S, heads=self.heads, lower_bound=bound, whole=True, **norm)
 
     def gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """log f and 1 − f [B, T, dim], in float32 or wider."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gla import gla
+from kernels.gla.gated_step import step
 from kernels.gla.step import can_step, shift_step
 from kernels.problem import state_dtype
+from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import cast
@@ -109,6 +111,12 @@ class RWKV6(SequenceMixer):
             log_decay = self.log_decays(w)
         projections = [(k, self.k_proj), (v, self.v_proj), (r, self.r_proj), (g, self.g_proj)]
         k, v, r, g = project_each(projections)
+        norm = for_step(self.norm, x, state["S"], cu_seqlens, self.backend, self.bonus, states=(log_decay,))
+        if norm is not None:
+            y, S = step(
+                r, k, v, log_decay, g, state["S"], heads=self.heads, scale=1.0, bonus=self.bonus, **norm
+            )  # fmt: skip
+            return project(y, self.o_proj)[0], {"S": S, "last": last}
         k, v, r, log_decay = (split(t, self.heads) for t in (k, v, r, log_decay))
         y, S = gla(
             r, k, v, log_decay, state["S"],
