@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 import autotune
 from kernels import jit_cpp
@@ -48,3 +50,20 @@ def expect(op: str, **given: tuple[Tensor | None, Sequence[int]]) -> None:
     for name, (x, shape) in given.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{op}: {name} is {list(x.shape)}, expected {list(shape)}")
+
+
+def addresses(dtype: torch.dtype, *tensors: tuple[Any, tuple[int, ...]]) -> list[int] | None:
+    """Of tensors that have this dtype and the shapes beside them, and that native code can read; 0 for None in place of
+    a row. Otherwise None."""
+    found = []
+    for t, shape in tensors:
+        if t is None and len(shape) < 2:
+            found.append(0)
+            continue
+        kind = type(t)
+        if not (kind is Parameter or kind is Tensor) or t.dtype is not dtype or t.shape != shape:
+            return None
+        if not (t.is_cpu and t.is_contiguous()):
+            return None
+        found.append(t.data_ptr())
+    return found

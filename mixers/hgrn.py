@@ -16,11 +16,9 @@ from kernels.projections import ROWS
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
 from mixers.parts import LowerBounded, choice
-from mixers.projections import project, untouched
+from mixers.projections import plain_maps, project, untouched
 from mixers.recompute import in_chunks
 from mixers.registry import register
-
-_LINEAR = nn.Linear.forward
 
 
 @register
@@ -124,20 +122,10 @@ class HGRN(LowerBounded, SequenceMixer):
     def _alone(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any] | None:
         """A token of a sequence or few in one native call; None where modules and ops are to be asked, or to refuse."""
         plain = type(self) is HGRN and self.causal and not (self.recompute or self.short_conv)
-        if not plain or x.shape[0] > ROWS or nn.Linear.forward is not _LINEAR:
+        if not plain or x.shape[0] > ROWS or not alone(x, cu_seqlens, self.backend, SOURCE):
             return None
-        if not alone(x, cu_seqlens, self.backend, SOURCE):
-            return None
-        modules, maps = self._modules, []
-        norm: Any = modules["norm"]
-        for name in ("i_proj", "f_proj", "g_proj", "o_proj"):
-            module: Any = modules[name]
-            if type(module) is not nn.Linear or not untouched(module, nn.Linear):
-                return None
-            own = module._parameters
-            # False: what is no parameter is nothing that can be read
-            maps.append((own.get("weight", False), own.get("bias", False)))
-        if type(norm) is not GatedNorm or not untouched(norm, GatedNorm) or norm.activation != "silu":
+        maps, norm = plain_maps(self, "i_proj", "f_proj", "g_proj", "o_proj"), self.norm
+        if maps is None or type(norm) is not GatedNorm or not untouched(norm, GatedNorm) or norm.activation != "silu":
             return None
         theta = self._parameters.get("theta", False) if self.complex else None
         found = step(

@@ -56,6 +56,22 @@ def _chain(m: nn.Module | None) -> tuple[nn.Module | None, ...]:
     return maps if maps and all(type(each) is nn.Linear for each in maps) else (m,)
 
 
+def plain_maps(layer: nn.Module, *names: str) -> list[tuple[Any, Any]] | None:
+    """Weights and biases of a layer's linear maps; None if calling one of them may mean anything else."""
+    if nn.Linear.forward is not _FORWARD:
+        return None
+    modules, maps = layer._modules, []
+    for name in names:
+        module: Any = modules[name]
+        if type(module) is not nn.Linear or not untouched(module, nn.Linear):
+            return None
+        own = module._parameters
+        if own.get("weight") is None or "bias" not in own:
+            return None
+        maps.append((own["weight"], own["bias"]))
+    return maps
+
+
 def untouched(module: Any, kind: type[nn.Module]) -> bool:
     """Is it of just this kind, and would nobody miss its call?"""
     own = module.__dict__

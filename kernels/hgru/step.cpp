@@ -4,10 +4,10 @@
 //     i, f, g = x W_iᵀ + b_i, ...      λ = γ + (1 − γ) σ(f)      h' = λ e^{iθ} h + (1 − λ) silu(i)
 //     y = z W_oᵀ + b_o      z = norm(h') ⊙ silu(g), or norm(h' ⊙ silu(g))
 #include <algorithm>
-#include <thread>
 
 #include "../gated_norm/native.h"
 #include "../linear_map.h"
+#include "../stages.h"
 
 namespace {
 
@@ -27,14 +27,6 @@ static_assert(sizeof(Step) == 26 * 8, "step.py packs this many fields");
 
 // Channels and outputs that a thread takes at a time.
 constexpr int64_t kChannels = 16, kOutputs = 16;
-// So often a thread looks whether it may go on before it lets others run: longer than it waits for one that works.
-constexpr int64_t kSpins = 20000;
-
-inline void pause_a_little() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-}
 
 // So many numbers of each of a few rows, real and imaginary parts one behind the other.
 template <class S>
@@ -111,8 +103,7 @@ void normalise(const Step& s, int64_t numbers, S* h, const S* gate) {
     });
 }
 
-// Three kinds of work that follow one another: channels, one norm, outputs. A thread that takes the next waits for all
-// of the kind before, which other threads have taken: whoever waits, waits for one that works.
+// Three kinds of work that follow one another: channels, one norm, outputs.
 template <class T>
 void run(const Step& s) {
     using S = StateOf<T>;
@@ -120,13 +111,7 @@ void run(const Step& s) {
     const int64_t channels = (s.width + kChannels - 1) / kChannels, outputs = (s.dim + kOutputs - 1) / kOutputs;
     Scratch<S> scratch(2 * all);
     S *h = scratch + 0, *gate = scratch + all;
-    std::atomic<int64_t> done = 0;
-    auto wait_for = [&](int64_t count) {
-        // whom it waits for may need this processor, and who gives it up may not have it back for long
-        for (int64_t spins = 1; done.load(std::memory_order_acquire) < count; ++spins)
-            if (spins % kSpins == 0) std::this_thread::yield();
-            else pause_a_little();
-    };
+    Progress progress;
     // calls f(first row, how many)
     auto for_few = [&](auto f) {
         for (int64_t r = 0; r < s.batch; r += kRows) f(r, std::min<int64_t>(kRows, s.batch - r));
@@ -135,13 +120,13 @@ void run(const Step& s) {
         if (item < channels) {
             const int64_t c = item * kChannels, n = std::min(kChannels, s.width - c);
             for_few([&](int64_t r, int64_t rows) { advance<T>(s, r, rows, c, n, h, gate); });
-            done.fetch_add(1, std::memory_order_release);
+            progress.finish_one();
         } else if (item == channels) {
-            wait_for(channels);
+            progress.wait_for(channels);
             for (int64_t r = 0; r < all; r += numbers) normalise<T>(s, numbers, h + r, gate + r);
-            done.fetch_add(1, std::memory_order_release);
+            progress.finish_one();
         } else {
-            wait_for(channels + 1);
+            progress.wait_for(channels + 1);
             const int64_t o = (item - channels - 1) * kOutputs, n = std::min(kOutputs, s.dim - o);
             for_few([&](int64_t r, int64_t rows) {
                 S made[kRows * kOutputs];

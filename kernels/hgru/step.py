@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from kernels import jit_cpp
+from kernels.lone import addresses
 from kernels.memory import DTYPES
 from kernels.problem import state_dtype
 from kernels.projections import SERIAL_SIZE
@@ -61,13 +61,13 @@ def step(
     numbers, shape = (width, (batch, width)) if theta is None else (2 * width, (batch, width, 2))
     square, row, wide = (numbers, dim), (numbers,), state_dtype(dtype)
     (i, i_bias), (f, f_bias), (g, g_bias), (o, o_bias) = maps
-    given = _addresses(
+    given = addresses(
         dtype, (x, (batch, 1, dim)), (i, square), (i_bias, row), (f, (width, dim)), (f_bias, (width,)), (g, square),
         (g_bias, row), (o, (dim, numbers)), (o_bias, (dim,)), (norm[0], row), (norm[1], row),
         (theta, () if theta is None else (1, width)),
     )  # fmt: skip
     gamma, bound = (lower_bound, 0.0) if isinstance(lower_bound, Tensor) else (None, lower_bound)
-    carried = _addresses(wide, (state, shape), (gamma, (width,)))
+    carried = addresses(wide, (state, shape), (gamma, (width,)))
     if given is None or carried is None:
         return None
     y, after = torch.empty_like(x), torch.empty_like(state)
@@ -88,20 +88,3 @@ def step(
         after.data_ptr(),
     )
     return y, after
-
-
-def _addresses(dtype: torch.dtype, *tensors: tuple[Any, tuple[int, ...]]) -> list[int] | None:
-    """Of tensors that have this dtype and the shapes beside them, and that native code can read; 0 for None in place of
-    a row. Otherwise None."""
-    found = []
-    for t, shape in tensors:
-        if t is None and len(shape) < 2:
-            found.append(0)
-            continue
-        kind = type(t)
-        if not (kind is Parameter or kind is Tensor) or t.dtype is not dtype or t.shape != shape:
-            return None
-        if not (t.is_cpu and t.is_contiguous()):
-            return None
-        found.append(t.data_ptr())
-    return found
