@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.dplr import dplr
+from kernels.dplr.step import SOURCE, step
+from kernels.lone import alone
 from kernels.problem import state_dtype
+from kernels.projections import ROWS
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
 from mixers.parts import cast
-from mixers.projections import project, project_each
+from mixers.projections import plain_maps, project, project_each, untouched
 from mixers.registry import register
 
 # the exponent of the published mix with the token before, for each of the six inputs
@@ -126,6 +129,8 @@ class RWKV7(SequenceMixer):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         x = cast(x, activation_dtype(x))
         wide = state_dtype(x.dtype)
+        if (found := self._alone(x, state, cu_seqlens)) is not None:
+            return found
         before, last = previous(x, state["x"], cu_seqlens)
         xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, cast(self.mixes, x.dtype)[:, None, None]).unbind()
         r, u, v = project_each([(xr, self.r_proj), (xk, self.k_proj), (xv, self.v_proj)])
@@ -140,6 +145,20 @@ class RWKV7(SequenceMixer):
         bonus = (r * k * cast(self.bonus, wide)).sum(-1, keepdim=True) * v
         y = cast(self.norm(y) + bonus.flatten(-2), x.dtype) * gate
         return project(y, self.o_proj)[0], {"S": S, "x": last}
+
+    def _alone(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any] | None:
+        """A token of a sequence or few in one native call; None where modules and ops are to be asked, or to refuse."""
+        if type(self) is not RWKV7 or x.shape[0] > ROWS or not alone(x, cu_seqlens, self.backend, SOURCE):
+            return None
+        firsts, seconds = ("r_proj", "w_down", "k_proj", "v_proj", "a_down", "g_down"), ("w_up", "a_up", "g_up")
+        maps, norm = plain_maps(self, *firsts, *seconds, "o_proj"), self.norm
+        if maps is None or not untouched(norm, GatedNorm) or not norm.center:
+            return None
+        found = step(
+            x, state["x"], state["S"], self.mixes, maps, (self.k_scale, self.k_rate), self.bonus,
+            (norm.weight, norm.bias), heads=self.heads, eps=norm.eps,
+        )  # fmt: skip
+        return None if found is None else (found[0], {"S": found[1], "x": x.clone()})
 
 
 def _rank(factor: float, dim: int) -> int:
