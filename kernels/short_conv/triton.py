@@ -40,25 +40,29 @@ def cannot(problem: Problem) -> list[str]:
 def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first.
 
-    CT: rows of a program. BT: of a tile; num_stages: of those in work or on their way, if BT is at least W - 1.
-    num_warps: warps side by side. With up to 8 taps (float64: 4) at least a quarter of the warps that a GPU can hold
-    are resident; with more, in 16 bits, a thread moves but 8 bytes at a time backward.
+    CT: rows of a program. BT: of a tile; num_stages: of those in work or on their way. num_warps: warps side by side.
+    At least a quarter of the warps that a GPU can hold are resident, but backward with more than 6 taps in float64:
+    sums, taps and two windows of rows, each W numbers of two registers, are more than a thread may then have.
     Beside its rows a program moves its taps, those at its borders, and backward its sums, W + 1 numbers for each of its
     columns: in bfloat16 4 % of all bytes forward with 128 rows, backward 10 % with 128 and 2 % with 512.
     """
-    sizes, forward = problem.sizes, problem.direction == "forward"
-    few = not forward or problem.dtypes["x"].itemsize == 8
-    short = {"CT": 32, "BT": 4 if few else 8, "num_warps": 1, "num_stages": 3}
+    sizes, forward, size = problem.sizes, problem.direction == "forward", problem.dtypes["x"].itemsize
+    tile, other = (4, 2) if size == 8 else (8, 4) if forward else (4, 8)
+    if sizes["W"] * max(size, 4) > 32:
+        # Many taps leave registers for no more rows than make 16 bytes of a thread's column
+        tile = other = 16 // size
+    short = {"CT": 32, "BT": tile, "num_warps": 1, "num_stages": 3}
     longer = [128] if forward else [128, 512]
     first = sum(sizes["B"] * sizes["T"] * sizes["D"] >= MANY_NUMBERS * rows // 128 for rows in longer)
     found = [{**short, "CT": rows} for rows in (32, *longer)]
     order = [found.pop(first), *found]
-    return [*order, {**short, "BT": 12 - short["BT"], "num_stages": 2}, {**short, "num_stages": 1}]
+    return [*order, {**short, "BT": other, "num_stages": 2}, {**short, "num_stages": 1}]
 
 
-def _two(dtype: torch.dtype, taps: int) -> bool:
-    """Whether a thread has two columns, which many taps leave no registers for."""
-    return dtype.itemsize == 2 and taps <= 8
+def _two(dtype: torch.dtype, taps: int, lanes: int) -> bool:
+    """Whether a thread has two columns. Many taps leave too few registers for that on NVIDIA's GPUs, and on AMD's too
+    few for rows on their way beside it."""
+    return dtype.itemsize == 2 and (taps <= 8 or lanes == 64)
 
 
 def forward(
@@ -181,7 +185,7 @@ class _Given:
         batch, length, D = self.x.shape
         W, config = self.weight.shape[1], self.config
         units = in_units(D, distances(read) | {out_batch: 0 if batch == 1 else length * D})
-        state, two = state_dtype(self.x.dtype), _two(self.x.dtype, W)
+        state, two = state_dtype(self.x.dtype), _two(self.x.dtype, W, self.lanes)
         block = config["num_warps"] * self.lanes * (2 if two else 1)
         arguments: dict[str, Any] = {
             **read,
@@ -203,9 +207,10 @@ class _Given:
             "CT": config["CT"],
             "BT": config["BT"],
             "BD": block,
-            "STAGES": stages(config, self.lanes),
+            "STAGES": 1 if two and W > 8 else stages(config, self.lanes),
         }
         # NVIDIA's assembler else takes some more for the window and the sums, and fewer warps are resident; but many
         # wide taps need more
-        registers = 128 if kernel is conv_backward and W * state.itemsize <= 64 else None
+        most = 6 if state == torch.float64 else MOST_TAPS
+        registers = 128 if kernel is conv_backward and most >= W else None
         return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"], registers=registers)

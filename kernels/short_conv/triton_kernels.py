@@ -79,6 +79,20 @@ def _convolved(offset, taps, rows, s: tl.constexpr, W: tl.constexpr, BACK: tl.co
 
 
 @triton.jit
+def _kept(rows, BT: tl.constexpr, STATE: tl.constexpr):
+    # All but the first BT. Triton copies ahead in no loop that hands on what it was handed itself, which rows are that
+    # stay for longer than a step: casts to integers and back, which cost nothing, make new ones of them
+    BITS: tl.constexpr = tl.int64 if STATE.primitive_bitwidth == 64 else tl.int32
+    kept = ()
+    for s in tl.static_range(BT, len(rows)):
+        row = ()
+        for i in tl.static_range(len(rows[s])):
+            row += (rows[s][i].to(BITS, bitcast=True).to(STATE, bitcast=True),)
+        kept += (row,)
+    return kept
+
+
+@triton.jit
 def _silu(z):
     # Of each part, and its derivative
     value = ()
@@ -121,7 +135,7 @@ def conv_forward(
             z = _convolved(offset, taps, window, s, W, False)
             outputs += (_silu(z)[0] if SILU else z,)
         store_rows(y + (t + steps) * y_t, outputs, here)
-        window = window[BT:]
+        window = _kept(window, BT, STATE)
     # The chunk in which the sequence ends, which is the first one if it has no rows
     if S > 0:
         last = (begin < length) & (length <= begin + CT) | (begin == 0) & (length == 0)
@@ -198,8 +212,8 @@ def conv_backward(
             store_rows(dx + (step - S) * dx_t, gradients, inside & (step >= begin + S) & (step < end + S))
         if dinitial is not None:
             store_rows(dinitial + states + step * width, gradients, inside & (begin == 0) & (step < S))
-        window = window[BT:]
-        past = past[BT:]
+        window = _kept(window, BT, STATE)
+        past = _kept(past, BT, STATE)
     if partial is not None:
         R: tl.constexpr = triton.next_power_of_2(W + 1)
         for _ in tl.static_range(R - W - 1):

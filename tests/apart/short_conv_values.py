@@ -35,7 +35,7 @@ def posed(
 
 FACTS = {
     "length": (1, 2, CT, CT + 1, 2 * CT + 3),
-    "width": (1, 2, 3, 4, 6),
+    "width": (1, 2, 3, 4, 6, 9),
     "columns": (1, 3, 5, 6, BD + 1),
     "dtypes": tc.DTYPES,
     "packed": (False, True),
