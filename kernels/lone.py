@@ -40,7 +40,7 @@ def readable(x: Tensor, others: Iterable[Tensor | None], states: Iterable[Tensor
     others, states = (x, *others), (*states,)
     for tensors, dtype in ((others, x.dtype), (states, state_dtype(x.dtype))):
         for t in tensors:
-            if t is not None and (t.dtype != dtype or t.device.type != "cpu"):
+            if t is not None and not (t.dtype is dtype and t.is_cpu):
                 return False
     return x.dtype in DTYPES and plain((*others, *states))
 

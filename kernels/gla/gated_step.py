@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels import jit_cpp
 from kernels.gated_norm.native import ACTIVATIONS
 from kernels.gla.step import SERIAL_SIZE
-from kernels.memory import DTYPES, address
+from kernels.memory import DTYPES
 from kernels.problem import state_dtype
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -77,7 +77,7 @@ def step(
     of_keys, of_values, normed = (batch, 1, heads * K), (batch, 1, heads * V), heads * V if whole else V
     first = bias if weight is None else weight
     parameters = (normed,) if first is None or first.ndim == 1 else (heads * V // normed, normed)
-    tensors = []
+    tensors, given = [], []
     # in the order of gated_step.cpp
     for name, x, shape, kept in (
         ("q", q, of_keys, dtype),
@@ -91,13 +91,17 @@ def step(
         ("weight", weight, parameters, dtype),
         ("bias", bias, parameters, dtype),
     ):
-        if x is not None:
-            if x.shape != shape:
-                raise ValueError(f"gla: {name} is {list(x.shape)}, expected {list(shape)}")
-            # what is projected may come from anybody's module
-            x = (x if x.dtype == kept else x.to(kept)).contiguous()
+        if x is None:
+            given.append(0)
+            continue
+        if x.shape != shape:
+            raise ValueError(f"gla: {name} is {list(x.shape)}, expected {list(shape)}")
+        # what is projected may come from anybody's module
+        x = (x if x.dtype is kept else x.to(kept)).contiguous()
         tensors.append(x)
-    y, final_state = v.new_empty((batch, 1, values)), torch.empty_like(state, memory_format=torch.contiguous_format)
+        given.append(x.data_ptr())
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final_state = torch.empty_like(state, memory_format=torch.contiguous_format)
     _function("gla_gated_step", "11q4d12q")(
         batch,
         heads,
@@ -114,6 +118,8 @@ def step(
         temperature or 1.0,
         eps,
         bound,
-        *map(address, (*tensors, y, final_state)),
+        *given,
+        y.data_ptr(),
+        final_state.data_ptr(),
     )
     return y, final_state
