@@ -12,6 +12,12 @@ from kernels.problem import Problem
 from kernels.selective_scan import triton as backend
 
 
+def posed(direction: str, dtype: torch.dtype = BFLOAT16, keys: int = 16, **facts: Any) -> Problem:
+    options = {"D": True, "initial_state": True, "packed": False, **facts}
+    sizes = {"B": 1 if options["packed"] else 2, "T": 2048, "D": 1024, "K": keys, "N": 2}
+    return Problem("selective_scan", direction, torch.device("cuda"), {"x": dtype, "delta": dtype}, sizes, options)
+
+
 def check(
     target: str, direction: str, config: int | None, dtype: torch.dtype = BFLOAT16, keys: int = 16, **facts: Any
 ) -> None:
@@ -19,11 +25,7 @@ def check(
 
     Rows go by 2 to 8 bytes and without asynchronous copies (`configs` in kernels/selective_scan/triton.py has why).
     """
-    sizes = {"B": 2, "T": 2048, "D": 1024, "K": keys, "N": 2}
-    options = {"D": True, "initial_state": True, "packed": False, **facts}
-    if options["packed"]:
-        sizes["B"] = 1
-    problem = Problem("selective_scan", direction, torch.device("cuda"), {"x": dtype, "delta": dtype}, sizes, options)
+    problem = posed(direction, dtype, keys, **facts)
     assert backend.cannot(problem) == []
     configs = backend.configs(problem)
     for each in configs if config is None else [configs[config]]:
@@ -53,3 +55,12 @@ def test_other_problems() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_cross_product(direction: str, dtype: torch.dtype, keys: int, target: str) -> None:
     check(target, direction, None, dtype, keys)
+
+
+@pytest.mark.long
+def test_channels_enough_for_wide_rows_would_spill() -> None:
+    """Triton deals a row out to all threads of a program: 8 bytes to each are 128 channels to a warp in 16 bits."""
+    (found,) = backend.compile_for("sm_90", posed("forward"), {"numbers": 64, "num_warps": 1, "rows": 32})
+    assert found.registers == 128
+    assert found.spills > 0
+    assert max(width for width in found.loads if width < 16) == 8
