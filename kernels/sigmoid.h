@@ -26,23 +26,6 @@ INLINE Vec<S, W> inverse(Vec<S, W> x) {
         return 1 / x;
 }
 
-// exp(x) for |x| <= 87 (float) or 708 (double), in float to within 3 units in the last place: beside 1 no more is seen.
-template <int W, class S>
-INLINE Vec<S, W> exponential_beside_one(Vec<S, W> x) {
-    if constexpr (std::is_same_v<S, float>) {
-        // the polynomial with the least relative error, 1.1e-7
-        constexpr float magic = 12582912, c[] = {0.49999231f, 0.16667114f, 0.041890122f, 0.0083125243f};
-        Vec<S, W> shifted = x * 1.44269504f + magic, n = shifted - magic, r = x - n * 0.693147181f;
-        Vec<S, W> p = r * c[3] + c[2];
-        p = p * r + c[1];
-        p = p * r + c[0];
-        p = p * r + 1;
-        return times_power_of_two<W, S>(p * r + 1, n, shifted);
-    } else {
-        return exponential_within<W, S>(x);
-    }
-}
-
 // Beyond this in size sigmoids are as good as 0 and 1.
 template <class S>
 constexpr S kSaturated = sizeof(S) == 8 ? 708 : 87;
@@ -52,7 +35,7 @@ constexpr S kSaturated = sizeof(S) == 8 ? 708 : 87;
 template <int W, class S, bool SHORT = false>
 INLINE void open_sigmoids(Vec<S, W> z, Vec<S, W>& of_z, Vec<S, W>& of_minus_z) {
     Vec<S, W> e;
-    if constexpr (SHORT) e = exponential_of_short<W>(-at_least<W, S>(z, -kSaturated<S>));
+    if constexpr (SHORT && kShortUnbounded) e = exponential_of_short<W>(-at_least<W, S>(z, -kSaturated<S>));
     else e = exponential_beside_one<W, S>(-between<W, S>(-kSaturated<S>, z, kSaturated<S>));
     of_z = inverse<W, S>(1 + e);
     of_minus_z = e * of_z;
@@ -71,8 +54,8 @@ INLINE void sigmoids(Vec<S, W> z, Vec<S, W>& of_z, Vec<S, W>& of_minus_z) {
 // x sigmoid(x). SHORT: x had 16 bits.
 template <int W, class S, bool SHORT = false>
 INLINE Vec<S, W> silu(Vec<S, W> x) {
-    // beyond this exp is 0 and infinity, and x is divided by either
-    constexpr S most = sizeof(S) == 8 ? 746 : 104;
+    // beyond these exp is infinity, and x is divided by it, and next to nothing
+    constexpr S least = sizeof(S) == 8 ? -746 : -89, most = kSaturated<S>;
     if constexpr (SHORT) return x / (1 + exponential_of_short<W>(-x));
-    else return x / (1 + exponential_beside_one<W, S>(-between<W, S>(-most, x, most)));
+    else return x / (1 + exponential_beside_one<W, S>(-between<W, S>(least, x, most)));
 }

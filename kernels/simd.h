@@ -10,6 +10,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// Before loops whose index must be known when compiling: what they index stays in registers.
+#define UNROLL _Pragma("GCC unroll 16")
 // After a lambda's parameters: for the bodies of inner loops.
 #define INLINE_BODY __attribute__((always_inline))
 // For what runs once in a row or less: compiled once, not in every kernel.
@@ -23,6 +25,11 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 constexpr int kCacheLine = 64;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
 
 struct BFloat16 {
     uint16_t bits;
@@ -184,7 +191,15 @@ INLINE Vec<float, W> from_bfloat16(Vec<uint16_t, W> v) {
     return bits_as<Vec<float, W>>(widen<W>(v) << 16);
 }
 
-// To nearest, ties to even; a NaN stays a NaN.
+// The bfloat16 next to each number, ties to even, in its upper half; a NaN stays a NaN.
+template <class V>
+INLINE Vec<uint32_t, lanes<V>> bfloat16_above(V v) {
+    using Bits = Vec<uint32_t, lanes<V>>;
+    auto u = bits_as<Bits>(v);
+    Bits rounded = u + 0x7fff + ((u >> 16) & 1), quiet = u | 0x400000;
+    return v == v ? rounded : quiet;
+}
+
 template <int W>
 INLINE Vec<uint16_t, W> to_bfloat16(Vec<float, W> v) {
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)
@@ -195,10 +210,7 @@ INLINE Vec<uint16_t, W> to_bfloat16(Vec<float, W> v) {
             return bits_as<Vec<uint16_t, W>>(_mm512_cvtneps_pbh(x));
     }
 #endif
-    auto u = bits_as<Vec<uint32_t, W>>(v);
-    Vec<uint32_t, W> rounded = u + 0x7fff + ((u >> 16) & 1);
-    Vec<uint32_t, W> quiet = u | 0x400000;
-    return narrow<W>((v == v ? rounded : quiet) >> 16);
+    return narrow<W>(bfloat16_above(v) >> 16);
 }
 
 #if defined(__x86_64__) && defined(__F16C__)
@@ -310,7 +322,8 @@ INLINE void store_apart(BFloat16* p, const Group<V, 2>& v) {
         return;
     }
 #endif
-    store(p, together(v));
+    auto both = bfloat16_above(v.v[0]) >> 16 | (bfloat16_above(v.v[1]) & 0xffff0000);
+    std::memcpy(p, &both, sizeof both);
 }
 
 // Copies without reading the lines that it overwrites, and without keeping them in the cache.

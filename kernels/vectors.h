@@ -8,9 +8,6 @@
 #include <arm_neon.h>
 #endif
 
-// Before loops whose index must be known when compiling: what they index stays in registers.
-#define UNROLL _Pragma("GCC unroll 16")
-
 template <class S>
 constexpr int kLanes = kVectorBytes / sizeof(S);
 

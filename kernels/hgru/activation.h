@@ -84,15 +84,35 @@ INLINE Vec<S, W> activated(int64_t kind, Vec<S, W> x) {
     else return activated<KIND, W, S, SHORT>(kind, x, unused);
 }
 
+// What a step to silu(i) takes of an input's and a gate's exponentials: exp(f) and 1 + exp(-i).
+template <int W>
+struct Opened {
+    Vec<float, W> e, rest;
+};
+
+// Beyond this SiLU is next to nothing.
+constexpr float kLeastSilu = -64;
+
+template <int W>
+INLINE Opened<W> opened(Vec<float, W> i, Vec<float, W> f) {
+    constexpr float most = kSaturated<float>;
+    i = at_least<W, float>(i, kLeastSilu);
+    // together: a processor finds more to do that waits for nothing else
+    Vec<float, 2 * W> both;
+    if constexpr (kShortUnbounded) both = exponential_of_short<2 * W>(joined(f, -i));
+    else
+        both = exponential_beside_one<2 * W, float>(
+            joined(between<W, float>(-most, f, most), -at_most<W, float>(i, most)));
+    return {half<0>(both), 1 + half<1>(both)};
+}
+
 // h + share (silu(i) - h) with share = upper sigmoid(-f), where f and i had 16 bits: one reciprocal for both sigmoids.
 template <int W>
-INLINE Vec<float, W> step_to_silu(Vec<float, W> h, Vec<float, W> i, Vec<float, W> f, Vec<float, W> upper) {
-    // Beyond the first SiLU is next to nothing; where the product reaches the second, so is the share beside 1.
-    constexpr float least = -64, most = 1e38;
-    i = at_least<W, float>(i, least);
-    // together: a processor finds more to do that waits for nothing else
-    auto both = exponential_of_short<2 * W>(joined(f, -i));
-    auto e = half<0>(both), rest = 1 + half<1>(both);
-    auto s = upper * inverse<W, float>(at_most<W, float>(e * rest + rest, most));
-    return s * i + (h - s * rest * h);
+INLINE Vec<float, W> step_to_silu(Vec<float, W> h, Vec<float, W> i, const Opened<W>& o, Vec<float, W> upper) {
+    i = at_least<W, float>(i, kLeastSilu);
+    auto product = o.e * o.rest + o.rest;
+    // where it reaches this the share is as good as 0; a division makes that of infinity, Newton's step does not
+    if constexpr (kShortUnbounded) product = at_most<W, float>(product, 1e38);
+    auto s = upper * inverse<W, float>(product);
+    return s * i + (h - s * o.rest * h);
 }

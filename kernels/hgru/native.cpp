@@ -19,24 +19,63 @@ INLINE void for_two_vectors(int64_t n, bool backwards, const F& f) {
     if (count > 0) f(place(slot));
 }
 
+// for_vectors, some of them at a time: first(place, k) for each of these, then then(place, k); k < AHEAD.
+template <int W, int AHEAD, class F, class G>
+INLINE void for_vectors_ahead(int64_t n, bool backwards, const F& first, const G& then) {
+    const int64_t count = (n + W - 1) / W, step = backwards ? -W : W;
+    const int64_t start = backwards ? (count - 1) * W : 0;
+    for (int64_t done = 0; done < count; done += AHEAD) {
+        const int64_t some = std::min<int64_t>(AHEAD, count - done);
+        auto each = [&](const auto& f) INLINE_BODY {
+            int64_t slot = start + done * step;
+            for (int64_t k = 0; k < some; ++k, slot += step) f(Place{std::min(slot, n - W), slot}, k);
+        };
+        each(first);
+        each(then);
+    }
+}
+
 // A row of sequences of 16 bits, whose channels are numbers.
 template <int W, class T>
 INLINE void row_of_silu(int64_t n, bool backwards, const Rows<T>& i, const Rows<T>& f, const Output<T>& h,
                         const Constants<T, false, W>& constant, State<T, false>& state) {
-    for_two_vectors<W>(n, backwards, [&](auto... at) INLINE_BODY {
-        (prefetch<false, W>(f, at.column), ...), (prefetch<false, W>(i, at.column), ...);
-        (prefetch<false, W>(h, at.column), ...);
-        auto all = step_to_silu<sizeof...(at) * W>(joined(load<W>(state.re.at + at.slot)...),
-                                                   joined(read_numbers<false, W>(i.row + at.column)...),
-                                                   joined(read_numbers<false, W>(f.row + at.column)...),
-                                                   joined(load<W>(constant.upper.at + at.slot)...));
-        auto keep = [&](Place to, const Vec<float, W>& v) INLINE_BODY {
-            store(state.re.at + to.slot, v);
-            write_numbers<false>(h.row + to.column, v);
-        };
-        if constexpr (sizeof...(at) == 1) (keep(at, all), ...);
-        else [&](Place a, Place b) INLINE_BODY { keep(a, half<0>(all)), keep(b, half<1>(all)); }(at...);
-    });
+    auto fetch = [&](Place at) INLINE_BODY {
+        prefetch<false, W>(f, at.column), prefetch<false, W>(i, at.column), prefetch<false, W>(h, at.column);
+    };
+    auto input = [&](Place at) INLINE_BODY { return read_numbers<false, W>(i.row + at.column); };
+    auto gate = [&](Place at) INLINE_BODY { return read_numbers<false, W>(f.row + at.column); };
+    auto before = [&](Place at) INLINE_BODY { return load<W>(state.re.at + at.slot); };
+    auto upper = [&](Place at) INLINE_BODY { return load<W>(constant.upper.at + at.slot); };
+    auto keep = [&](Place at, const Vec<float, W>& v) INLINE_BODY {
+        store(state.re.at + at.slot, v);
+        write_numbers<false>(h.row + at.column, v);
+    };
+    if constexpr (kVectorRegisters < 32) {
+        // Exponentials first: with so few registers a processor has too few instructions under way to begin with the
+        // next ones while the results wait for these.
+        constexpr int ahead = 8;
+        alignas(kCacheLine) float e[ahead * W], rest[ahead * W];
+        for_vectors_ahead<W, ahead>(
+            n, backwards,
+            [&](Place at, int64_t k) INLINE_BODY {
+                fetch(at);
+                auto o = opened<W>(input(at), gate(at));
+                store(e + k * W, o.e), store(rest + k * W, o.rest);
+            },
+            [&](Place at, int64_t k) INLINE_BODY {
+                const Opened<W> o{load<W>(e + k * W), load<W>(rest + k * W)};
+                keep(at, step_to_silu<W>(before(at), input(at), o, upper(at)));
+            });
+    } else {
+        for_two_vectors<W>(n, backwards, [&](auto... at) INLINE_BODY {
+            constexpr int all = sizeof...(at) * W;
+            (fetch(at), ...);
+            auto h = joined(before(at)...), i = joined(input(at)...), f = joined(gate(at)...);
+            auto after = step_to_silu<all>(h, i, opened<all>(i, f), joined(upper(at)...));
+            if constexpr (all == W) (keep(at, after), ...);
+            else [&](Place a, Place b) INLINE_BODY { keep(a, half<0>(after)), keep(b, half<1>(after)); }(at...);
+        });
+    }
 }
 
 template <class T, bool PAIRS, Kind KIND, int W>
