@@ -6,9 +6,9 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import EntryPoints, entry_points
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from kernels.problem import Problem
@@ -60,6 +60,20 @@ class Backend:
 
     def function(self, direction: str) -> Callable[..., Any]:
         return getattr(self.loaded, direction)
+
+
+def with_options(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """functools.partial; a function that names all the options itself is copied, with them as its defaults: a partial
+    object makes a dictionary in every call."""
+    code = getattr(function, "__code__", None)
+    keywords = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount] if code else ()
+    if not isinstance(function, FunctionType) or not options.keys() <= set(keywords):
+        return partial(function, **options)
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **options}
+    return copy
 
 
 def from_packages(op: str) -> Iterator[Backend]:

@@ -19,10 +19,11 @@ import autotune
 from autotune import program
 from autotune.lock import Locked
 from kernels import registration
-from kernels.backend import Backend, Config, from_packages
+from kernels.backend import Backend, Config, from_packages, with_options
 from kernels.declaration import Cost, Declaration
 from kernels.engine import Engine
 from kernels.problem import Problem, check_cu_seqlens
+from kernels.registration import Prepared
 
 __all__ = ["Backend", "Config", "Cost", "Op", "Plan", "recording"]
 
@@ -50,7 +51,7 @@ class Op(Declaration):
 
     forward_overload: Callable[..., Any] = field(init=False, repr=False)
     backward_overload: Callable[..., Any] = field(init=False, repr=False)
-    _plans: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    _plans: dict[Any, Prepared] = field(default_factory=dict, repr=False)
     _with_gradient: Callable[..., tuple[Tensor, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,21 +65,22 @@ class Op(Declaration):
         """The opaque operator itself: tensors, cu_seqlens, options and the backend's name, all by position."""
         if _watched():
             return self.forward_overload(*args)
-        count = len(self.inputs)
+        end = len(self.inputs) + 1
+        tensors = args[:end]
         try:
-            signature, requires_grad = self._signature("called", count, args)
+            signature, requires_grad = self._signature("called", tensors, args[end:])
         except AttributeError:
             self.check_types(args)
             raise
-        plan = self._plans.get(signature)
-        if plan is None:
+        call = self._plans.get(signature)
+        if call is None:
             if not registration.plain(args):
                 self.check_types(args)
                 return self.forward_overload(*args)
-            plan = self._remember(signature, "forward", args)
+            call = self._remember(signature, "forward", args)
         if requires_grad and _is_grad_enabled():
-            return self._with_gradient((plan, args[count:]), *args[:count])
-        return plan(*args[: count + 1])
+            return self._with_gradient(call, *tensors)
+        return call.run(*tensors)
 
     def run_forward(self, *args: Any) -> tuple[Tensor, ...]:
         """The operator's kernel: looks the plan up (and checks the tensors where it is new) and runs it."""
@@ -91,34 +93,36 @@ class Op(Declaration):
         return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
     def run(self, direction: str, args: Sequence[Any]) -> Any:
-        count = len(self.names(direction))
-        signature, _ = self._signature(direction, count, args)
-        plan = self._plans.get(signature) or self._remember(signature, direction, args)
-        return plan(*args[: count + 1])
+        end = len(self.names(direction)) + 1
+        tensors = args[:end]
+        signature, _ = self._signature(direction, tensors, args[end:])
+        call = self._plans.get(signature) or self._remember(signature, direction, args)
+        return call.run(*tensors)
 
     @staticmethod
-    def _signature(way: str, count: int, args: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
+    def _signature(way: str, tensors: Sequence[Any], rest: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
         """All that a plan depends on, and whether a tensor requires a gradient.
 
-        way: "called" (plain tensors only), "forward" or "backward". count: of the tensors before cu_seqlens.
+        way: "called" (plain tensors only), "forward" or "backward". tensors: cu_seqlens is the last of them.
         """
-        found = [way, _generation(), _threads(), _deterministic(), _autocast(), args[count + 1 :]]
+        found = [way, rest, _generation(), _threads(), _deterministic(), _autocast()]
         requires_grad = False
-        # a loop: a comprehension is one more call
-        for t in args[: count + 1]:
+        # a loop, and no tuple for each tensor: a comprehension is one more call, and a tuple is hashed and compared
+        for t in tensors:
             if t is None:
                 found.append(None)
             else:
-                found.append((type(t), t.shape, t.dtype, t.is_cpu or t.device))
+                found += type(t), t.shape, t.dtype, t.is_cpu or t.device
                 requires_grad |= t.requires_grad
         return tuple(found), requires_grad
 
-    def _remember(self, signature: tuple[Any, ...], direction: str, args: Sequence[Any]) -> Callable[..., Any]:
-        plan = self._prepare(direction, args)
+    def _remember(self, signature: tuple[Any, ...], direction: str, args: Sequence[Any]) -> Prepared:
+        run = self._prepare(direction, args)
+        call = registration.prepared(self, run, args) if direction == "forward" else Prepared(run)
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
-        self._plans[signature] = plan
-        return plan
+        self._plans[signature] = call
+        return call
 
     def _prepare(self, direction: str, args: Sequence[Any]) -> Callable[..., Any]:
         problem = self.problem_of(direction, args)
@@ -129,7 +133,8 @@ class Op(Declaration):
         if direction == "backward":
             extra["needs"] = tuple(bool(args[-2] >> i & 1) for i in range(len(self.inputs)))
         count = len(self.names(direction))
-        run = partial(plan.backend.function(direction), **dict(zip(self.options, args[count + 1 :])), **extra)
+        options = dict(zip(self.options, args[count + 1 :]))
+        run = with_options(plan.backend.function(direction), **options, **extra)
         return run if args[count] is None and not _autocast() else partial(self._guarded, run, problem.sizes["T"])
 
     def _guarded(self, run: Callable[..., Any], length: int, *tensors: Tensor | None) -> Any:

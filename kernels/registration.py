@@ -9,6 +9,8 @@ everything else together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 below = torch._C._AutoDispatchBelowAutograd
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _CALL = torch._C._FunctionBase.__dict__["apply"]
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
@@ -34,6 +36,33 @@ _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 def overload(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a call comes to, once its signature is known.
+
+    run: of the inputs and cu_seqlens. rest: the arguments after them, options and the backend's name. there: which of
+    the residuals and cu_seqlens, as backward gets them, are tensors; keep: takes those out of inputs, cu_seqlens and
+    outputs, because saving a None takes time too.
+    """
+
+    run: Callable[..., Any]
+    rest: tuple[Any, ...] = ()
+    there: tuple[bool, ...] = ()
+    keep: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = tuple
+
+
+def prepared(op: Op, run: Callable[..., Any], args: Sequence[Any]) -> Prepared:
+    """`run` for the operator's arguments, and for others that have tensors and None in the same places."""
+    end = len(op.inputs) + 1
+    names = [*(arg.name for arg in op.inputs), "cu_seqlens", *(arg.name for arg in op.outputs)]
+    places = [names.index(name) for name in (*op.residuals, "cu_seqlens")]
+    there = tuple(i >= end or args[i] is not None for i in places)
+    found = [i for i, tensor in zip(places, there) if tensor]
+    # itemgetter of a single place would find no tuple
+    keep = itemgetter(*found) if len(found) > 1 else itemgetter(slice(found[0], found[0] + 1))
+    return Prepared(run, tuple(args[end:]), there, keep)
 
 
 def watched() -> bool:
@@ -138,47 +167,39 @@ def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
 
     def autograd(*args: Any) -> Any:
         if needs_gradient(args[:count]):
-            return with_gradient((None, args[count:]), *args[:count])
+            return with_gradient(prepared(op, partial(run, args[count + 1 :]), args), *args[: count + 1])
+        return run((), *args)
+
+    def run(rest: tuple[Any, ...], *args: Any) -> Any:
         with below():
-            return op.forward_overload(*args)
+            return op.forward_overload(*args, *rest)
 
     return autograd
 
 
 def _function(op: Op) -> type[torch.autograd.Function]:
-    """The op with its gradient: a function of a pair and the inputs.
-
-    The pair: the plan (None: the dispatcher goes on to what watches), and the arguments after the inputs, together
-    because every argument that is no tensor costs some time.
-    """
-    names = ["cu_seqlens", *[arg.name for arg in (*op.inputs, *op.outputs)]]
-    kept = itemgetter(*map(names.index, op.residuals), 0)
+    """The op with its gradient: a function of what is prepared (one argument, because every one that is no tensor costs
+    some time), the inputs and cu_seqlens."""
     constant = [i for i, arg in enumerate(op.outputs) if not arg.differentiable]
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(
-            ctx: Any, call: tuple[Callable[..., Any] | None, tuple[Any, ...]], *inputs: Any
-        ) -> tuple[Tensor, ...]:
-            plan, rest = call
-            if plan is None:
-                with below():
-                    results = op.forward_overload(*inputs, *rest)
-            else:
-                results = plan(*inputs, rest[0])
-            results = tuple(results)
-            ctx.save_for_backward(*kept((rest[0], *inputs, *results)))
-            ctx.rest = rest[1:]
-            ctx.set_materialize_grads(False)
+        def forward(ctx: Any, call: Prepared, *tensors: Any) -> tuple[Tensor, ...]:
+            results = tuple(call.run(*tensors))
+            # what save_for_backward and set_materialize_grads set: each would be one more call
+            ctx.to_save = call.keep(tensors + results)
+            ctx.materialize_grads = False
+            ctx.call = call
             if constant:
                 ctx.mark_non_differentiable(*[results[i] for i in constant])
             return results
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            *residuals, cu_seqlens = ctx.saved_tensors
-            *options, backend = ctx.rest
-            needs = ctx.needs_input_grad[1:]
+            saved = iter(ctx.saved_tensors)
+            *residuals, cu_seqlens = [next(saved) if there else None for there in ctx.call.there]
+            *options, backend = ctx.call.rest
+            needs = ctx.needs_input_grad[1:-1]
             if torch.is_grad_enabled():
                 if op.differentiable_backward is None:
                     raise RuntimeError(f"{op.name}: no second derivative; call backward without create_graph=True")
@@ -192,7 +213,7 @@ def _function(op: Op) -> type[torch.autograd.Function]:
                 else:
                     with below():
                         found = op.backward_overload(*args)
-            return (None, *(g if needed else None for g, needed in zip(found, needs)))
+            return (None, *(g if needed else None for g, needed in zip(found, needs)), None)
 
     Function.__name__ = Function.__qualname__ = op.name
     return Function
