@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from kernels import flops
@@ -66,8 +67,10 @@ def prepared(op: Op, run: Callable[..., Any], args: Sequence[Any]) -> Prepared:
 
 
 def watched() -> bool:
-    """Is there any tracing, dispatch mode or function transform, which must see the operator?"""
-    return _is_compiling() or _dispatch_modes() > 0 or _function_modes() > 0 or _transform() is not None
+    """Is there any tracing, dispatch mode, function transform or forward-mode gradient, which must see the operator?"""
+    if _is_compiling() or _dispatch_modes() > 0 or _function_modes() > 0 or _transform() is not None:
+        return True
+    return forward_ad._current_level >= 0
 
 
 def plain(args: Sequence[Any]) -> bool:
@@ -154,6 +157,9 @@ def _fake_backward(op: Op) -> Callable[..., Any]:
 
 
 def needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
+    """Does one of these have a gradient to get, or inside forward-mode AD maybe a tangent to hand on?"""
+    if forward_ad._current_level >= 0:
+        return True
     if _is_grad_enabled():
         for tensor in inputs:
             if tensor is not None and tensor.requires_grad:
@@ -214,6 +220,10 @@ def _function(op: Op) -> type[torch.autograd.Function]:
                     with below():
                         found = op.backward_overload(*args)
             return (None, *(g if needed else None for g, needed in zip(found, needs)), None)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(f"{op.name}: no forward-mode derivative (jvp, dual tensors); there is the backward one")
 
     Function.__name__ = Function.__qualname__ = op.name
     return Function
