@@ -57,7 +57,7 @@ struct ChunkScratch {
 
 // What goes through the state: makes dq of S dy, dk of dS v, and dlog_decay from nothing.
 template <class S, bool EXCLUSIVE>
-void state_terms(const ChunkScratch<S>& c, const S* state, const S* dstate, int64_t values) {
+void state_terms(const ChunkScratch<S>& c, int64_t rows, const S* state, const S* dstate, int64_t values) {
     constexpr int W = kLanes<S>;
     for (int64_t i = 0; i < c.width; i += W) {
         Lanes<S> sums[2] = {};
@@ -67,7 +67,7 @@ void state_terms(const ChunkScratch<S>& c, const S* state, const S* dstate, int6
         }
         // from S to the rows from t on, or with a bonus behind it
         Lanes<S> onward = {};
-        for (int64_t t = kRows - 1; t >= 0; --t) {
+        for (int64_t t = rows - 1; t >= 0; --t) {
             const int64_t at = t * c.width + i;
             auto dq = load<W>(c.before + at) * load<W>(c.dq + at);
             auto seen = multiply_add(load<W>(c.q + at), dq, onward);
@@ -77,7 +77,7 @@ void state_terms(const ChunkScratch<S>& c, const S* state, const S* dstate, int6
         }
         // from S and the rows before t to dS
         auto through = load<W>(c.total + i) * (sums[0] + sums[1]);
-        for (int64_t t = 0; t < kRows; ++t) {
+        for (int64_t t = 0; t < rows; ++t) {
             const int64_t at = t * c.width + i;
             auto dk = load<W>(c.after + at) * load<W>(c.dk + at);
             store(c.dlog_decay + at, load<W>(c.dlog_decay + at) + through);
@@ -156,19 +156,21 @@ void step_gradients(const Backward& b, const Chunk& chunk, const ChunkScratch<S>
                     S* dbonus) {
     const Problem& p = b.problem;
     const int64_t K = p.keys, V = p.values, width = c.width, stride = c.stride;
+    // what there are, in whole tiles: a row alone is a quarter of a step or less
+    const int64_t rows = multiple(chunk.rows, kTile);
     transpose<S>(c.v, kRows, stride, stride, c.v_transposed, kRows);
-    product<S>(kRows, V, kRows, c.dy, stride, c.v_transposed, kRows, c.dA, kRows, false);
-    product<S>(kRows, V, width, c.dy, stride, state, width, c.dq, width, false);
-    product<S>(kRows, V, width, c.v, stride, dstate, width, c.dk, width, false);
-    state_terms<S, EXCLUSIVE>(c, state, dstate, V);
+    product<S>(rows, V, kRows, c.dy, stride, c.v_transposed, kRows, c.dA, kRows, false);
+    product<S>(rows, V, width, c.dy, stride, state, width, c.dq, width, false);
+    product<S>(rows, V, width, c.v, stride, dstate, width, c.dk, width, false);
+    state_terms<S, EXCLUSIVE>(c, chunk.rows, state, dstate, V);
     std::fill_n(c.A_transposed, kRows * kRows, S(0));
     const S* bonus = p.bonus ? static_cast<const S*>(p.bonus) + chunk.head * K : nullptr;
     for_blocks<S>(width, [&]<int N>(int64_t key) {
         pair_terms<S, N, EXCLUSIVE>(c, chunk.rows, key, bonus, K, dbonus);
     });
     transpose<S>(dstate, stride, width, width, c.dstate_transposed, stride);
-    product<S>(kRows, K, stride, c.k_after, width, c.dstate_transposed, stride, c.dv, stride, false);
-    product<S>(kRows, kRows, stride, c.A_transposed, kRows, c.dy, stride, c.dv, stride, true);
+    product<S>(rows, K, stride, c.k_after, width, c.dstate_transposed, stride, c.dv, stride, false);
+    product<S>(rows, kRows, stride, c.A_transposed, kRows, c.dy, stride, c.dv, stride, true);
     write_rows<S>(contiguous(b.dq, p.rows, p.heads, K), p.format, chunk, K, c.dq, width);
     write_rows<S>(contiguous(b.dk, p.rows, p.heads, K), p.format, chunk, K, c.dk, width);
     write_rows<S>(contiguous(b.dv, p.rows, p.heads, V), p.format, chunk, V, c.dv, stride);
