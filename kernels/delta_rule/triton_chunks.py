@@ -28,11 +28,13 @@ from kernels.triton_launch import Launch, compile_all
 # Rows of a chunk: the least that a product of tiles has, for a factor is in registers whole
 C = 16
 WALKS = delta_chunks, delta_chunks_back
+# Sizes that the products of rows do not know
+WALKED = "V", "SCALE", "BLOCKS", "BV", "BATCHED"
+# Values whose sums Triton keeps in B200's tensor memory, where a plain product has 64 rows or more: it has room for all
+# tiles of these. Of more, they are sums of a batch, which stay in registers
+HALF = 64
 # Steps of a sequence from which chunks come first
 LONG = 4 * C
-# Values of a program on B200 where a state has several tiles: of more, Triton puts every sum into tensor memory, which
-# has no room for all of them
-FEW = 32
 # Numbers of a row in all heads: within a chunk, numbers are counted in 32 bits
 MOST = 2**31 // C
 
@@ -46,6 +48,9 @@ def cannot(problem: Problem) -> list[str]:
     most = 128 if dtype.itemsize == 2 else 32
     if not C // 2 <= sizes["K"] <= most:
         reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
+    if sizes["K"] > 32 and sizes["V"] % 2:
+        # the place of every single value would take registers that many keys need
+        reasons.append(f"axis V is {sizes['V']}; chunks of more than 32 keys are for even numbers")
     if problem.options["log_decay"] and sizes["J"] > 1:
         reasons.append(f"axis J is {sizes['J']}; chunks are for one decay a head")
     if sizes["H"] * max(sizes["K"], sizes["V"]) >= MOST:
@@ -119,14 +124,12 @@ class Chunks:
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.BK, self.BV = config["keys"], config["values"]
         self.blocks = -(-self.keys // self.BK)
-        # one tile of keys needs few sums
-        self.few_values = target == "sm_100" and self.blocks > 1
-        if self.few_values:
-            self.BV = min(self.BV, FEW)
-            # places and masks that are known at run time only take registers of their own
-            if cu_seqlens is not None or self.keys % self.BK:
-                self.BK //= 2
-                self.blocks = -(-self.keys // self.BK)
+        # B200 has no room for 128 values and the places of rows that are not aligned, or masks of keys
+        self.tiles_on_b200 = target == "sm_100" and self.blocks > 1
+        if self.tiles_on_b200 and (self.values % 16 or self.keys % self.BK):
+            self.BV = min(self.BV, HALF)
+        # a program that fills the tensor memory is alone on its multiprocessor
+        self.warps = 8 if self.tiles_on_b200 else self.BV // 16
         precise = "tf32x3" if target.startswith("sm_") else "ieee"
         self.sizes = {
             "cu_seqlens": self.cu_seqlens,
@@ -143,6 +146,7 @@ class Chunks:
             # numbers of 16 bits are numbers of tf32
             "NARROW": q.element_size() == 2,
             "PRECISE": precise,
+            "BATCHED": self.tiles_on_b200 and self.BV > HALF,
         }
 
     def run_forward(self) -> tuple[Tensor, Tensor]:
@@ -173,7 +177,7 @@ class Chunks:
     def forward(self, y: Tensor, final: Tensor) -> list[Launch]:
         inverses = self._pairs()
         # made by the walk itself where that moves less and has room for it
-        reads = self._pairs() if self.few_values else None
+        reads = self._pairs() if self.tiles_on_b200 else None
         return [self._products(inverses, reads, None), self._walk(inverses, reads=reads, y=y, final=final)]
 
     def backward(self, dy: Tensor, dfinal: Tensor | None, found: Mapping[str, Tensor | None]) -> list[Launch]:
@@ -188,13 +192,13 @@ class Chunks:
         # all keys and values of a chunk, so many at a time; its products have as many rows as there are keys
         keys = max(16, triton.next_power_of_2(self.keys))
         own = {**given, **own, "BK": keys, "BV": 16}
-        for name in ("BLOCKS", "NARROW"):
+        for name in ("BLOCKS", "NARROW", "BATCHED"):
             del own[name]
         return [
             self._products(inverses, reads, overlaps),
             self._walk(inverses, entering=entering, errors=errors),
-            self._launch(delta_chunks_back, self.walks, {**given, **back}, self.BV),
-            self._launch(delta_chunk_gradients, self.chunks * self.heads, own, keys),
+            self._launch(delta_chunks_back, self.walks, {**given, **back}, self.warps),
+            self._launch(delta_chunk_gradients, self.chunks * self.heads, own, keys // 16),
         ]
 
     @property
@@ -223,18 +227,18 @@ class Chunks:
     def _products(self, inverses: Tensor, reads: Tensor | None, overlaps: Tensor | None) -> Launch:
         given = {**self._given("q", "k", "beta", "log_decay"), "N": self.sequences}
         given |= {"inverses": inverses, "reads": reads, "overlaps": overlaps}
-        sizes = {name: size for name, size in self.sizes.items() if name not in ("V", "SCALE", "BLOCKS", "BV")}
-        return self._launch(delta_pairs, self.chunks * self.heads, {**given, **sizes}, self.config["chunk"])
+        sizes = {name: size for name, size in self.sizes.items() if name not in WALKED}
+        return self._launch(delta_pairs, self.chunks * self.heads, {**given, **sizes}, self.config["chunk"] // 16)
 
     def _walk(self, inverses: Tensor, **written: Tensor | None) -> Launch:
         given = {**self.rows, "initial": self.initial, "inverses": inverses}
         given |= dict.fromkeys(("reads", "y", "final", "entering", "errors")) | written
-        return self._launch(delta_chunks, self.walks, {**given, **self.sizes}, self.BV)
+        return self._launch(delta_chunks, self.walks, {**given, **self.sizes}, self.warps)
 
-    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], rows: int) -> Launch:
+    def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], warps: int) -> Launch:
         # without a bound NVIDIA's assembler spills some registers so that more threads are resident
         steps = self.chunks // self.sequences if kernel in WALKS else 1
-        return Launch(kernel, programs, arguments, min(rows // 16, 8), num_stages=1, registers=255, steps=steps)
+        return Launch(kernel, programs, arguments, min(warps, 8), num_stages=1, registers=255, steps=steps)
 
     def _run(self, launches: list[Launch]) -> None:
         for launch in launches:

@@ -20,7 +20,7 @@ def check(
     op: str, target: str, direction: str, config: int, dtype: torch.dtype = BFLOAT16, keys: int = 64,
     values: int = 64, chunks: bool = False, **facts: Any,
 ) -> None:  # fmt: skip
-    """No spills but where it says so, an eighth of the warps resident, and code that is more than a trap."""
+    """No spills, an eighth of the warps resident, and code that is more than a trap."""
     backend, rows = BACKENDS[op]
     sizes = {"B": 2, "T": 2048, "H": 8, "K": keys, "V": values, "J": keys if facts.pop("per_key", True) else 1, "N": 2}
     options = {"scale": 0.125, "log_decay": True, "initial_state": True, "packed": False, **facts}
@@ -30,10 +30,8 @@ def check(
     problem = Problem(op, direction, torch.device("cuda"), dtypes, sizes, options)
     assert backend.cannot(problem) == []
     configs = [c for c in backend.configs(problem) if ("chunk" in c) == chunks]
-    # B200's walk with many keys has all 255 registers, and but for 128 values sometimes a few numbers beside them
-    most = 24 if chunks and target == "sm_100" and keys > 64 and values != 128 else 0
     for found in backend.compile_for(target, problem, configs[config]):
-        assert found.spills <= most, found
+        assert found.spills == 0, found
         assert found.occupancy >= 0.125, found
         assert found.registers >= 16, found
 
@@ -55,10 +53,13 @@ def test_chunks(direction: str, keys: int, target: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("facts", [{"packed": True}, {"log_decay": False, "initial_state": False}], ids=str)
-@pytest.mark.parametrize("dtype, keys", [(FLOAT32, 32), (BFLOAT16, 64), (BFLOAT16, 96), (BFLOAT16, 128)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, keys", [(FLOAT32, 32), (BFLOAT16, 64), (BFLOAT16, 96), (BFLOAT16, 100), (BFLOAT16, 128)], ids=str
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_all_chunks(direction: str, dtype: torch.dtype, keys: int, facts: dict[str, Any], target: str) -> None:
-    for config, values in ((0, 16), (0, 64), (1 if direction == "forward" or keys > 64 else 0, 128)):
+    other = 1 if direction == "forward" or keys > 64 else 0
+    for config, values in (0, 16), (0, 64), (0, 100), (0, 128), (0, 130), (other, 128):
         check("delta_rule", target, direction, config, dtype, keys, values, chunks=True, per_key=False, **facts)
 
 

@@ -12,7 +12,7 @@ import triton_cases as tc
 from triton_cases import uninitialised_is_nan  # noqa: F401
 from triton_interpreter import counting, shuffled
 
-from kernels.agreement import Inputs
+from kernels.agreement import MULTIPLE, Expected, Inputs
 from kernels.catalogue import OPS
 from kernels.delta_rule import triton_chunks
 from kernels.op import Op
@@ -98,7 +98,7 @@ WIDE_FACTS = {
     "target": ("sm_90", "sm_100", "gfx942"),
     "length": (33, 40),
     "keys": (96, 100, 128),
-    "values": (5, 67),
+    "values": (6, 66, 80),
     "dtype": (tc.FLOAT32, tc.BFLOAT16),
     "log_decay": (True, True, False),
     "hard": (False, True, True),
@@ -138,7 +138,13 @@ def test_chunks_that_replace_one_key_again_and_again(beta: float) -> None:
     assert b is not None
     given |= {"q": q, "k": k[:, :1].expand_as(k), "beta": torch.full_like(b, beta), "log_decay": None}
     problem = replace(inputs.problem, options={**inputs.problem.options, "log_decay": False})
-    tc.agrees(replace(inputs, problem=problem, tensors=tuple(given.values())), CHUNKS)
+    inputs = replace(inputs, problem=problem, tensors=tuple(given.values()))
+    # a product with the inverse multiplies errors by its norm, the largest sum of a row, which the loop does without
+    unit = torch.eye(CHUNKS["chunk"], dtype=torch.float64)
+    norm = (unit + beta * torch.ones_like(unit).tril(-1)).inverse().abs().sum(1).max().item()
+    expected, more = Expected.of(inputs), max(norm / MULTIPLE, 1)
+    expected = replace(expected, allowed=tuple((more * worst, more * mean) for worst, mean in expected.allowed))
+    assert expected.difference(inputs.call(tc.triton("delta_rule"), CHUNKS)()) is None
 
 
 def test_chunks_lose_nothing_and_give_only_what_is_needed_in_any_order() -> None:
@@ -157,7 +163,7 @@ def test_chunks_lose_nothing_and_give_only_what_is_needed_in_any_order() -> None
 
 
 # What forward and backward move at most for each further chunk, as times the least, by K = V and GPU
-LIMITS = {(64, "sm_90"): (1.01, 1.22), (128, "sm_90"): (1.2, 1.14), (128, "sm_100"): (3.3, 1.35)}
+LIMITS = {(64, "sm_90"): (1.01, 1.22), (128, "sm_90"): (1.2, 1.14), (128, "sm_100"): (1.43, 1.14)}
 
 
 def moved(direction: str, width: int, length: int) -> tuple[int, int]:
