@@ -131,7 +131,7 @@ class Rows:
         }
         pieces = self.sequences.count if per_sequence else self.sequences.pieces
         # Without a bound NVIDIA's assembler spills some of the wide registers for more than a quarter of all warps
-        registers = 128 if state_dtype(self.dtype) == torch.float64 and self.sequences.chunk is None else None
+        registers = 128 if state_dtype(self.dtype) == torch.float64 else None
         return Launch(kernel, pieces * -(-self.width // columns), arguments, num_warps, registers=registers)
 
     def batch_stride(self) -> int:
