@@ -173,6 +173,22 @@ def lower(C: tl.constexpr):
     return tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
 
 
+@triton.jit
+def store_inverse(inverses, index, A, strength, C: tl.constexpr, PRECISE: tl.constexpr):
+    # Of I + A diag(strength), of what A has below its diagonal
+    L = tl.where(below(C), A * strength[None, :], 0.0)
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    # from blocks of two rows up: what is below two inverse blocks comes from both
+    X = tl.where(row == column, 1.0, tl.where(row // 2 == column // 2, -L, 0.0))
+    for level in tl.static_range(1, 6):
+        if 2**level < C:
+            # corners of 2^level rows
+            inside = (row >> level + 1 == column >> level + 1) & (row >> level != column >> level)
+            corner = tl.dot(tl.where(inside, L, 0.0), X, input_precision=PRECISE)
+            X -= tl.dot(X, corner, input_precision=PRECISE)
+    tl.store(inverses + index * C * C + cells(C), X, below(C))
+
+
 @triton.jit(do_not_specialize=["T", "N"])
 def delta_pairs(
     q, k, beta, log_decay, inverses, reads, overlaps, cu_seqlens, T, N, H, K,
@@ -198,17 +214,7 @@ def delta_pairs(
             tl.store(reads + index * C * C + cells(C), M, lower(C))
         if overlaps is not None:
             tl.store(overlaps + index * C * C + cells(C), A, below(C))
-        L = tl.where(below(C), A * load_vector(beta, first, count, h, H, C)[None, :], 0.0)
-        row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-        # from blocks of two rows up: what is below two inverse blocks comes from both
-        X = tl.where(row == column, 1.0, tl.where(row // 2 == column // 2, -L, 0.0))
-        for level in tl.static_range(1, 6):
-            if 2**level < C:
-                # corners of 2^level rows
-                inside = (row >> level + 1 == column >> level + 1) & (row >> level != column >> level)
-                corner = tl.dot(tl.where(inside, L, 0.0), X, input_precision=PRECISE)
-                X -= tl.dot(X, corner, input_precision=PRECISE)
-        tl.store(inverses + index * C * C + cells(C), X, below(C))
+        store_inverse(inverses, index, A, load_vector(beta, first, count, h, H, C), C, PRECISE)
 
 
 @triton.jit(do_not_specialize=["T"])

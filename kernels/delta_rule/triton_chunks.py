@@ -15,6 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.delta_rule.triton_chunk_decays import (
+    delta_chunk_gradients_by_key,
+    delta_chunks_back_by_key,
+    delta_chunks_by_key,
+    delta_pairs_by_key,
+)
 from kernels.delta_rule.triton_chunk_kernels import (
     delta_chunk_gradients,
     delta_chunks,
@@ -27,7 +33,10 @@ from kernels.triton_launch import Launch, compile_all
 
 # Rows of a chunk: the least that a product of tiles has, for a factor is in registers whole
 C = 16
-WALKS = delta_chunks, delta_chunks_back
+# Products of rows, walks along and against time, gradients: of one decay that all keys share, and of one for each
+SHARED = delta_pairs, delta_chunks, delta_chunks_back, delta_chunk_gradients
+BY_KEY = delta_pairs_by_key, delta_chunks_by_key, delta_chunks_back_by_key, delta_chunk_gradients_by_key
+WALKS = *SHARED[1:3], *BY_KEY[1:3]
 # Sizes that the products of rows do not know
 WALKED = "V", "SCALE", "BLOCKS", "BV", "BATCHED"
 # Values whose sums Triton keeps in B200's tensor memory, where a plain product has 64 rows or more: it has room for all
@@ -45,14 +54,12 @@ def cannot(problem: Problem) -> list[str]:
     if dtype == torch.float64:
         return ["products of tiles are of float32"]
     # at most twice as many rows as keys, else what cancels loses digits; float32 takes two parts in registers
-    most = 128 if dtype.itemsize == 2 else 32
+    most = 32 if dtype.itemsize == 4 else 64 if by_key(problem) else 128
     if not C // 2 <= sizes["K"] <= most:
         reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
     if sizes["K"] > 32 and sizes["V"] % 2:
         # the place of every single value would take registers that many keys need
         reasons.append(f"axis V is {sizes['V']}; chunks of more than 32 keys are for even numbers")
-    if problem.options["log_decay"] and sizes["J"] > 1:
-        reasons.append(f"axis J is {sizes['J']}; chunks are for one decay a head")
     if sizes["H"] * max(sizes["K"], sizes["V"]) >= MOST:
         reasons.append(f"axes H, K, V are {sizes['H']}, {sizes['K']}, {sizes['V']}; H times K or V is less than {MOST}")
     return reasons
@@ -68,18 +75,25 @@ def configs(problem: Problem) -> list[dict[str, int]]:
     if cannot(problem):
         return []
     K, V = problem.sizes["K"], problem.sizes["V"]
-    if K > 64:
+    if by_key(problem):
+        chosen = [64]
+    elif K > 64:
         chosen = [128, 64]
     elif problem.direction == "backward":
         chosen = [128]
     else:
         chosen = [64] if V <= 64 else [128, 64]
-    return [{"chunk": C, "values": values, "keys": tile(K)} for values in chosen]
+    return [{"chunk": C, "values": values, "keys": tile(K, by_key(problem))} for values in chosen]
 
 
-def tile(keys: int) -> int:
-    """Keys of a tile of the state; a factor of a product is in registers whole."""
-    return min(32 if keys > 64 else 64, max(16, triton.next_power_of_2(keys)))
+def by_key(problem: Problem) -> bool:
+    """Whether each key has a decay of its own."""
+    return bool(problem.options["log_decay"]) and problem.sizes["J"] > 1
+
+
+def tile(keys: int, scaled: bool = False) -> int:
+    """Keys of a tile of the state; a factor of a product is in registers whole, a `scaled` one in two parts."""
+    return min(32 if scaled or keys > 64 else 64, max(16, triton.next_power_of_2(keys)))
 
 
 def comes_first(problem: Problem) -> bool:
@@ -122,6 +136,9 @@ class Chunks:
         self.batch, self.length, self.heads, self.keys = q.shape
         self.values = v.shape[3]
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        log_decay = rows["log_decay"]
+        self.by_key = log_decay is not None and log_decay.shape[3] > 1
+        self.kernels = BY_KEY if self.by_key else SHARED
         self.BK, self.BV = config["keys"], config["values"]
         self.blocks = -(-self.keys // self.BK)
         # B200 has no room for 128 values and the places of rows that are not aligned, or masks of keys
@@ -143,11 +160,12 @@ class Chunks:
             "BK": self.BK,
             "BLOCKS": self.blocks,
             "BV": self.BV,
-            # numbers of 16 bits are numbers of tf32
-            "NARROW": q.element_size() == 2,
             "PRECISE": precise,
             "BATCHED": self.tiles_on_b200 and self.BV > HALF,
         }
+        if not self.by_key:
+            # numbers of 16 bits are numbers of tf32
+            self.sizes["NARROW"] = q.element_size() == 2
 
     def run_forward(self) -> tuple[Tensor, Tensor]:
         """(y [B, T, H, V], final_state [N, H, K, V])"""
@@ -177,7 +195,7 @@ class Chunks:
     def forward(self, y: Tensor, final: Tensor) -> list[Launch]:
         inverses = self._pairs()
         # made by the walk itself where that moves less and has room for it
-        reads = self._pairs() if self.tiles_on_b200 else None
+        reads = self._pairs() if self.tiles_on_b200 or self.by_key else None
         return [self._products(inverses, reads, None), self._walk(inverses, reads=reads, y=y, final=final)]
 
     def backward(self, dy: Tensor, dfinal: Tensor | None, found: Mapping[str, Tensor | None]) -> list[Launch]:
@@ -193,12 +211,12 @@ class Chunks:
         keys = max(16, triton.next_power_of_2(self.keys))
         own = {**given, **own, "BK": keys, "BV": 16}
         for name in ("BLOCKS", "NARROW", "BATCHED"):
-            del own[name]
+            own.pop(name, None)
         return [
             self._products(inverses, reads, overlaps),
             self._walk(inverses, entering=entering, errors=errors),
-            self._launch(delta_chunks_back, self.walks, {**given, **back}, self.warps),
-            self._launch(delta_chunk_gradients, self.chunks * self.heads, own, keys // 16),
+            self._launch(self.kernels[2], self.walks, {**given, **back}, self.warps),
+            self._launch(self.kernels[3], self.chunks * self.heads, own, keys // 16),
         ]
 
     @property
@@ -228,12 +246,12 @@ class Chunks:
         given = {**self._given("q", "k", "beta", "log_decay"), "N": self.sequences}
         given |= {"inverses": inverses, "reads": reads, "overlaps": overlaps}
         sizes = {name: size for name, size in self.sizes.items() if name not in WALKED}
-        return self._launch(delta_pairs, self.chunks * self.heads, {**given, **sizes}, self.config["chunk"] // 16)
+        return self._launch(self.kernels[0], self.chunks * self.heads, {**given, **sizes}, self.config["chunk"] // 16)
 
     def _walk(self, inverses: Tensor, **written: Tensor | None) -> Launch:
         given = {**self.rows, "initial": self.initial, "inverses": inverses}
         given |= dict.fromkeys(("reads", "y", "final", "entering", "errors")) | written
-        return self._launch(delta_chunks, self.walks, {**given, **self.sizes}, self.warps)
+        return self._launch(self.kernels[1], self.walks, {**given, **self.sizes}, self.warps)
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], warps: int) -> Launch:
         # without a bound NVIDIA's assembler spills some registers so that more threads are resident

@@ -44,10 +44,10 @@ def test_default_configs(op: str, direction: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("keys", [64, 128])
+@pytest.mark.parametrize("keys, per_key", [(64, False), (128, False), (64, True)])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_chunks(direction: str, keys: int, target: str) -> None:
-    check("delta_rule", target, direction, 0, keys=keys, values=128, chunks=True, per_key=False)
+def test_chunks(direction: str, keys: int, per_key: bool, target: str) -> None:
+    check("delta_rule", target, direction, 0, keys=keys, values=128, chunks=True, per_key=per_key)
 
 
 @pytest.mark.long
@@ -61,6 +61,18 @@ def test_all_chunks(direction: str, dtype: torch.dtype, keys: int, facts: dict[s
     other = 1 if direction == "forward" or keys > 64 else 0
     for config, values in (0, 16), (0, 64), (0, 100), (0, 128), (0, 130), (other, 128):
         check("delta_rule", target, direction, config, dtype, keys, values, chunks=True, per_key=False, **facts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("facts", [{"packed": True}, {"initial_state": False}], ids=str)
+@pytest.mark.parametrize("dtype, keys", [(FLOAT32, 32), (BFLOAT16, 8), (BFLOAT16, 40), (BFLOAT16, 64)], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_chunks_of_decays_per_key(
+    direction: str, dtype: torch.dtype, keys: int, facts: dict[str, Any], target: str
+) -> None:
+    for values in (16, 64, 100):
+        check("delta_rule", target, direction, 0, dtype, keys, values, chunks=True, **facts)
 
 
 @pytest.mark.parametrize("op", BACKENDS)
