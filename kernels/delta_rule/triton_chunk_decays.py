@@ -14,14 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.triton_chunk_kernels import (
+from kernels.delta_rule.triton_chunk_tiles import (
     added,
     below,
     cells,
+    gradients_of_values,
     load_blocks,
     load_inverse,
     load_pairs,
-    load_state,
     load_turned,
     lower,
     product,
@@ -93,10 +93,8 @@ def delta_chunks_by_key(
         if entering is not None:
             store_blocks(entering, index, K, V, values, state, BK, BLOCKS)
         # the same for all chunks, but a product's copy of them would be in registers through the whole loop
-        before, after = (
-            tl.where(count > 0, reach(True, False, C), 0.0),
-            tl.where(count > 0, reach(False, False, C), 0.0),
-        )
+        before = tl.where(count > 0, reach(True, False, C), 0.0)
+        after = tl.where(count > 0, reach(False, False, C), 0.0)
         seen, out = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
         for b in tl.static_range(BLOCKS):
             keys = b * BK + tl.arange(0, BK)
@@ -140,10 +138,8 @@ def delta_chunks_back_by_key(
         c = chunks - 1 - back
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
         store_blocks(leaving, index, K, V, values, dstate, BK, BLOCKS)
-        before, after = (
-            tl.where(count > 0, reach(True, False, C), 0.0),
-            tl.where(count > 0, reach(False, False, C), 0.0),
-        )
+        before = tl.where(count > 0, reach(True, False, C), 0.0)
+        after = tl.where(count > 0, reach(False, False, C), 0.0)
         du = tl.zeros([BV, C], tl.float32)
         for b in tl.static_range(BLOCKS):
             keys = b * BK + tl.arange(0, BK)
@@ -188,25 +184,9 @@ def delta_chunk_gradients_by_key(
     if count > 0:
         keys = tl.arange(0, BK)
         index = chunk.to(tl.int64) * H + h
-        # of what reads the entering state, and of what is written to the leaving one but for its strength
-        dquery, dread, dwrite = (tl.zeros([BK, C], tl.float32),) * 3
-        # of the products of rows, but for their strengths
-        dM, dA, dtotal = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([BK], tl.float32)
-        for block in range(0, tl.cdiv(V, BV)):
-            values = block * BV + tl.arange(0, BV)
-            state = load_state(entering, index, K, V, keys, values)
-            dstate = load_state(leaving, index, K, V, keys, values)
-            dtotal += tl.sum(state * dstate, 0)
-            error = load_turned(errors, first, count, h, H, V, values, C)
-            out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
-            dvalue = load_turned(dvalues, first, count, h, H, V, values, C)
-            if dv is not None:
-                store_turned(dv, first, count, h, H, V, values, dvalue, C)
-            dwrite += product(tl.trans(dstate), error, False, PRECISE)
-            dquery += product(tl.trans(state), out, False, PRECISE)
-            dread += product(tl.trans(state), -dvalue, False, PRECISE)
-            dM += product(tl.trans(out), error, False, PRECISE)
-            dA += product(tl.trans(-dvalue), error, False, PRECISE)
+        dquery, dread, dwrite, dM, dA, dtotal = gradients_of_values(
+            dy, entering, leaving, errors, dvalues, dv, index, first, count, h, H, K, V, keys, SCALE, C, BV, PRECISE
+        )
         key = load_turned(k, first, count, h, H, K, keys, C)
         query = load_turned(q, first, count, h, H, K, keys, C)
         logs = load_turned(log_decay, first, count, h, H, K, keys, C)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,10 +33,6 @@ from kernels.triton_launch import Launch, compile_all
 
 # Rows of a chunk: the least that a product of tiles has, for a factor is in registers whole
 C = 16
-# Products of rows, walks along and against time, gradients: of one decay that all keys share, and of one for each
-SHARED = delta_pairs, delta_chunks, delta_chunks_back, delta_chunk_gradients
-BY_KEY = delta_pairs_by_key, delta_chunks_by_key, delta_chunks_back_by_key, delta_chunk_gradients_by_key
-WALKS = *SHARED[1:3], *BY_KEY[1:3]
 # Sizes that the products of rows do not know
 WALKED = "V", "SCALE", "BLOCKS", "BV", "BATCHED"
 # Values whose sums Triton keeps in B200's tensor memory, where a plain product has 64 rows or more: it has room for all
@@ -46,6 +42,20 @@ HALF = 64
 LONG = 4 * C
 # Numbers of a row in all heads: within a chunk, numbers are counted in 32 bits
 MOST = 2**31 // C
+
+
+class Kernels(NamedTuple):
+    """The products of rows, the walks along and against time, and the gradients."""
+
+    pairs: Any
+    walk: Any
+    back: Any
+    gradients: Any
+
+
+# Of one decay that all keys share, or none, and of one for each key
+SHARED = Kernels(delta_pairs, delta_chunks, delta_chunks_back, delta_chunk_gradients)
+BY_KEY = Kernels(delta_pairs_by_key, delta_chunks_by_key, delta_chunks_back_by_key, delta_chunk_gradients_by_key)
 
 
 def cannot(problem: Problem) -> list[str]:
@@ -113,7 +123,7 @@ def target_of(device: torch.device) -> str:
 class Chunks:
     """The inputs of the delta rule, and what is launched on them.
 
-    rows: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], log_decay [B, T, H, 1] or None.
+    rows: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], log_decay [B, T, H, 1 or K] or None.
     target: of what is launched: on NVIDIA's GPUs a float32 product is made of three of tf32.
     """
 
@@ -215,8 +225,8 @@ class Chunks:
         return [
             self._products(inverses, reads, overlaps),
             self._walk(inverses, entering=entering, errors=errors),
-            self._launch(self.kernels[2], self.walks, {**given, **back}, self.warps),
-            self._launch(self.kernels[3], self.chunks * self.heads, own, keys // 16),
+            self._launch(self.kernels.back, self.walks, {**given, **back}, self.warps),
+            self._launch(self.kernels.gradients, self.chunks * self.heads, own, keys // 16),
         ]
 
     @property
@@ -246,16 +256,18 @@ class Chunks:
         given = {**self._given("q", "k", "beta", "log_decay"), "N": self.sequences}
         given |= {"inverses": inverses, "reads": reads, "overlaps": overlaps}
         sizes = {name: size for name, size in self.sizes.items() if name not in WALKED}
-        return self._launch(self.kernels[0], self.chunks * self.heads, {**given, **sizes}, self.config["chunk"] // 16)
+        return self._launch(
+            self.kernels.pairs, self.chunks * self.heads, {**given, **sizes}, self.config["chunk"] // 16
+        )
 
     def _walk(self, inverses: Tensor, **written: Tensor | None) -> Launch:
         given = {**self.rows, "initial": self.initial, "inverses": inverses}
         given |= dict.fromkeys(("reads", "y", "final", "entering", "errors")) | written
-        return self._launch(self.kernels[1], self.walks, {**given, **self.sizes}, self.warps)
+        return self._launch(self.kernels.walk, self.walks, {**given, **self.sizes}, self.warps)
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], warps: int) -> Launch:
         # without a bound NVIDIA's assembler spills some registers so that more threads are resident
-        steps = self.chunks // self.sequences if kernel in WALKS else 1
+        steps = self.chunks // self.sequences if kernel in (self.kernels.walk, self.kernels.back) else 1
         return Launch(kernel, programs, arguments, min(warps, 8), num_stages=1, registers=255, steps=steps)
 
     def _run(self, launches: list[Launch]) -> None:

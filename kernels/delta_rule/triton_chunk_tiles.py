@@ -1,0 +1,179 @@
+"""What the Triton kernels of the delta rule in chunks of C rows share: products, tiles, states, pairs of rows.
+
+Tiles are turned so that a product has many rows, 16 to a warp: states are [values, keys], rows of values [values, C].
+Rows past the end of a sequence are zeros, which do nothing. Everything is computed in float32. PRECISE is what products
+of any numbers are computed with; a factor that is an input is NARROW where it has 16 bits, whose digits TF32 has.
+"""
+# The language is Triton's, whose types mypy does not know
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def high_part(x):
+    # The digits that TF32 has, to nearest: the rest is twice as small, and that of two factors is left out
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, sums, BATCHED: tl.constexpr, PRECISE: tl.constexpr):
+    # sums + a @ b; BATCHED: 16 rows at a time, of which each warp has its own
+    if BATCHED:
+        G: tl.constexpr = a.shape[0] // 16
+        every = tl.broadcast_to(b[None, :, :], [G, b.shape[0], b.shape[1]])
+        found = tl.reshape(sums, [G, 16, b.shape[1]])
+        found = tl.dot(tl.reshape(a, [G, 16, a.shape[1]]), every, found, input_precision=PRECISE)
+        return tl.reshape(found, [a.shape[0], b.shape[1]])
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISE)
+
+
+@triton.jit
+def product(a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr = False):
+    # a @ b; NARROW: b has few digits. What is small comes first; Triton's own tf32x3 takes more registers
+    if PRECISE == "tf32x3":
+        high, found = high_part(a), tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+        if not NARROW:
+            rest = b - high_part(b)
+            b = high_part(b)
+            found = dot(high, rest, found, BATCHED, "tf32")
+        found = dot(a - high, b, found, BATCHED, "tf32")
+        return dot(high, b, found, BATCHED, "tf32")
+    else:
+        return tl.dot(a, b, input_precision=PRECISE)
+
+
+@triton.jit
+def added(sums, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
+    # sums + a @ b, in the registers of the sums where they are many
+    if NARROW and PRECISE == "tf32x3":
+        high = high_part(a)
+        return dot(a - high, b, dot(high, b, sums, BATCHED, "tf32"), BATCHED, "tf32")
+    else:
+        return sums + product(a, b, NARROW, PRECISE, BATCHED)
+
+
+@triton.jit
+def rows_left(length, c, C: tl.constexpr):
+    # of chunk c, in 32 bits: numbers of 64 are two registers
+    return tl.minimum(length - c * C, C).to(tl.int32)
+
+
+@triton.jit
+def load_turned(tensor, first, count, h, H, W, columns, C: tl.constexpr):
+    # [columns, C]
+    rows = tl.arange(0, C)
+    inside = (columns < W)[:, None] & (rows < count)[None, :]
+    begin = tensor + (first * H + h) * W
+    return tl.load(begin + (rows[None, :] * (H * W) + columns[:, None]), inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_turned(tensor, first, count, h, H, W, columns, numbers, C: tl.constexpr):
+    rows = tl.arange(0, C)
+    inside = (columns < W)[:, None] & (rows < count)[None, :]
+    begin = tensor + (first * H + h) * W
+    tl.store(begin + (rows[None, :] * (H * W) + columns[:, None]), numbers.to(tensor.dtype.element_ty), inside)
+
+
+@triton.jit
+def load_state(states, index, K, V, keys, values):
+    # [values, keys] of the state at this index of [..., K, V]; zeros where there are no states
+    if states is None:
+        return tl.zeros([values.shape[0], keys.shape[0]], tl.float32)
+    else:
+        inside = (values < V)[:, None] & (keys < K)[None, :]
+        return tl.load(states + index * K * V + (keys[None, :] * V + values[:, None]), inside, other=0.0)
+
+
+@triton.jit
+def load_blocks(states, index, K, V, values, BK: tl.constexpr, BLOCKS: tl.constexpr):
+    # The same, BK keys to each tile of a tuple
+    blocks = ()
+    for b in tl.static_range(BLOCKS):
+        blocks += (load_state(states, index, K, V, b * BK + tl.arange(0, BK), values),)
+    return blocks
+
+
+@triton.jit
+def store_blocks(states, index, K, V, values, blocks, BK: tl.constexpr, BLOCKS: tl.constexpr):
+    for b in tl.static_range(BLOCKS):
+        keys = b * BK + tl.arange(0, BK)
+        inside = (values < V)[:, None] & (keys < K)[None, :]
+        tl.store(states + index * K * V + (keys[None, :] * V + values[:, None]), blocks[b], inside)
+
+
+@triton.jit
+def below(C: tl.constexpr):
+    return tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def lower(C: tl.constexpr):
+    return tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def cells(C: tl.constexpr):
+    return tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def load_pairs(pairs, index, inside, C: tl.constexpr):
+    # [C, C] of [..., C, C]; zeros but inside
+    return tl.load(pairs + index * C * C + cells(C), inside, other=0.0)
+
+
+@triton.jit
+def load_inverse(inverses, index, C: tl.constexpr):
+    ones = tl.where(tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :], 1.0, 0.0)
+    return load_pairs(inverses, index, below(C), C) + ones
+
+
+@triton.jit
+def store_inverse(inverses, index, A, strength, C: tl.constexpr, PRECISE: tl.constexpr):
+    # Of I + A diag(strength), of what A has below its diagonal
+    L = tl.where(below(C), A * strength[None, :], 0.0)
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    # from blocks of two rows up: what is below two inverse blocks comes from both
+    X = tl.where(row == column, 1.0, tl.where(row // 2 == column // 2, -L, 0.0))
+    for level in tl.static_range(1, 6):
+        if 2**level < C:
+            # corners of 2^level rows
+            inside = (row >> level + 1 == column >> level + 1) & (row >> level != column >> level)
+            corner = tl.dot(tl.where(inside, L, 0.0), X, input_precision=PRECISE)
+            X -= tl.dot(X, corner, input_precision=PRECISE)
+    tl.store(inverses + index * C * C + cells(C), X, below(C))
+
+
+@triton.jit
+def gradients_of_values(
+    dy, entering, leaving, errors, dvalues, dv, index, first, count, h, H, K, V, keys,
+    SCALE: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    # All sums over a chunk's values, BV of them at a time: the gradients [keys, C] of what reads the entering state, by
+    # queries and by keys, and of what is written to the leaving one but for its strength, those [C, C] of the products
+    # of rows but for their decays and strengths, and the product of the two states [keys]. Writes those of the values
+    dquery, dread, dwrite = (tl.zeros([keys.shape[0], C], tl.float32),) * 3
+    dM, dA = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    dtotal = tl.zeros([keys.shape[0]], tl.float32)
+    for block in range(0, tl.cdiv(V, BV)):
+        values = block * BV + tl.arange(0, BV)
+        state = load_state(entering, index, K, V, keys, values)
+        dstate = load_state(leaving, index, K, V, keys, values)
+        dtotal += tl.sum(state * dstate, 0)
+        error = load_turned(errors, first, count, h, H, V, values, C)
+        out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
+        dvalue = load_turned(dvalues, first, count, h, H, V, values, C)
+        if dv is not None:
+            store_turned(dv, first, count, h, H, V, values, dvalue, C)
+        dwrite += product(tl.trans(dstate), error, False, PRECISE)
+        dquery += product(tl.trans(state), out, False, PRECISE)
+        dread += product(tl.trans(state), -dvalue, False, PRECISE)
+        dM += product(tl.trans(out), error, False, PRECISE)
+        dA += product(tl.trans(-dvalue), error, False, PRECISE)
+    return dquery, dread, dwrite, dM, dA, dtotal
