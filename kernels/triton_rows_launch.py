@@ -41,7 +41,9 @@ def configs(
     """
     sizes, width = problem.sizes, _width(problem)
     mean_length = sizes["B"] * sizes["T"] // sizes["N"]
-    carried = [wide, narrow, other] if sizes["N"] * width >= MANY_COLUMNS else [narrow, wide, other]
+    carried = [wide, narrow] if sizes["N"] * width >= MANY_COLUMNS else [narrow, wide]
+    if other not in carried:
+        carried.append(other)
     chunks = [256, 64] if mean_length >= VERY_LONG else [64, 256]
     split = [{**narrow, "split": rows} for rows in chunks if rows < sizes["T"]]
     few = sizes["N"] * -(-width // (32 * numbers)) < multiprocessors(problem.device)

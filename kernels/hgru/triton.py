@@ -39,9 +39,11 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     if problem.direction == "forward":
         found = [tiles(8, *rest, sizes) for rest in ((1, 5), (4, 4), (1, 3))]
     else:
-        # Gates and gradients of so few rows leave registers for other warps; of pairs there is more on its way
-        double = dtype.itemsize == 8
-        tile, stages = (2 if double else 4), (4 if not pairs else 2 if double else 3)
+        # Gates and gradients of so few rows leave registers for other warps; of pairs there is more on its way, which
+        # those of float64 have no registers for
+        tile, stages = (2 if dtype.itemsize == 8 else 4), (3 if pairs else 4)
+        if pairs and dtype.itemsize == 8:
+            stages = 2
         found = [{"BT": tile, "num_warps": warps, "num_stages": n} for warps, n in ((1, stages), (4, stages), (1, 2))]
     narrow, wide, other = found
     return triton_rows_launch.configs(narrow, wide, other, problem, numbers)
