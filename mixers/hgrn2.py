@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kernels.gla import gla
 from kernels.gla.gated_step import step
+from kernels.lone import readable
 from kernels.problem import state_dtype
 from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, split
@@ -85,15 +86,14 @@ class HGRN2(LowerBounded, SequenceMixer):
         self, x: Tensor, q: Tensor, v: Tensor, f: Tensor, S: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """The norm of one token and the state after it in one native call; None where the ops are to be asked."""
-        if x.shape[1] > 1 or type(self) is not HGRN2:
+        norm = for_step(self.norm, x, S, cu_seqlens, self.backend)
+        if norm is None or type(self) is not HGRN2:
             return None
         bound = self.lower_bound()
         if isinstance(bound, Tensor):
             bound = cast(bound, state_dtype(x.dtype)).expand(self.dim)
-        states = (bound,) if isinstance(bound, Tensor) else ()
-        norm = for_step(self.norm, x, S, cu_seqlens, self.backend, states=states)
-        if norm is None:
-            return None
+            if not readable(x, (), (bound,)):
+                return None
         return step(q, None, v, f, None, S, heads=self.heads, lower_bound=bound, whole=True, **norm)
 
     def gates(self, f: Tensor) -> tuple[Tensor, Tensor]:

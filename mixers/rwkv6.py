@@ -113,9 +113,7 @@ class RWKV6(SequenceMixer):
         k, v, r, g = project_each(projections)
         norm = for_step(self.norm, x, state["S"], cu_seqlens, self.backend, self.bonus, states=(log_decay,))
         if norm is not None:
-            y, S = step(
-                r, k, v, log_decay, g, state["S"], heads=self.heads, scale=1.0, bonus=self.bonus, **norm
-            )  # fmt: skip
+            y, S = step(r, k, v, log_decay, g, state["S"], heads=self.heads, scale=1.0, bonus=self.bonus, **norm)
             return project(y, self.o_proj)[0], {"S": S, "last": last}
         k, v, r, log_decay = (split(t, self.heads) for t in (k, v, r, log_decay))
         y, S = gla(
