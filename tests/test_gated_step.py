@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_calls import TOLERANCES, calls_of
+from native_calls import TOLERANCES, calls_of, check_close, on_threads
 from torch import Tensor, nn
 
 import mixers
@@ -63,9 +63,7 @@ def test_a_token_alone(what: str, dtype: torch.dtype, native: list[str]) -> None
         assert want.requires_grad
         assert torch.equal(state["S"], before)
         for found, right in ((y, want), (after["S"], want_after["S"])):
-            assert found.dtype == right.dtype
-            assert found.is_contiguous()
-            assert (found - right).abs().max() <= TOLERANCES[dtype] * right.abs().max()
+            check_close(found, right, dtype)
 
 
 @torch.no_grad()
@@ -73,20 +71,11 @@ def test_a_token_alone(what: str, dtype: torch.dtype, native: list[str]) -> None
 def test_bits_do_not_depend_on_threads(whole: bool) -> None:
     torch.manual_seed(0)
     q, k, v, f, g = torch.randn(5, 5, 1, 210).unbind()
-    state, threads, made = torch.randn(5, 3, 70, 70), torch.get_num_threads(), []
+    state = torch.randn(5, 3, 70, 70)
     assert state.numel() >= gated_step.SERIAL_SIZE
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            for _ in range(5):
-                made.append(
-                    gated_step.step(
-                        q, k, v, f, g, state, heads=3, temperature=16.0, weight=None, bias=None, whole=whole,
-                        center=True, activation="silu", eps=1e-5,
-                    )
-                )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
+    options: dict[str, Any] = {"weight": None, "bias": None, "center": True, "activation": "silu", "eps": 1e-5}
+    options |= {"heads": 3, "temperature": 16.0, "whole": whole}
+    made = on_threads(lambda: gated_step.step(q, k, v, f, g, state, **options))
     for y, after in made:
         assert torch.equal(y, made[0][0])
         assert torch.equal(after, made[0][1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_calls import TOLERANCES, calls_of
+from native_calls import TOLERANCES, calls_of, check_close
 
 import mixers
 from kernels import jit_cpp
@@ -48,10 +48,7 @@ def test_a_token_alone(name: str, dtype: torch.dtype, native: list[str]) -> None
     assert len(native) == 1
     assert expected.requires_grad
     for found, right in zip((y, *leaves(after)), (expected, *leaves(expected_after)), strict=True):
-        assert found.dtype == right.dtype
-        assert found.is_contiguous()
-        error = (found - right).abs().max()
-        assert error <= TOLERANCES[dtype] * right.abs().max()
+        check_close(found, right, dtype)
 
 
 @torch.no_grad()

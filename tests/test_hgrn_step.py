@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_calls import TOLERANCES, calls_of
+from native_calls import TOLERANCES, calls_of, check_close, on_threads
 from torch import Tensor, nn
 
 from kernels import jit_cpp
@@ -58,23 +58,15 @@ def test_a_token_alone(options: dict[str, Any], dtype: torch.dtype, native: list
         assert torch.equal(state["h"], before)
         assert after["mine"] is state["mine"]
         for found, right in ((y, want), (after["h"], want_after["h"])):
-            assert found.dtype == right.dtype
-            assert found.is_contiguous()
-            assert (found - right).abs().max() <= TOLERANCES[dtype] * right.abs().max()
+            check_close(found, right, dtype)
 
 
 @torch.no_grad()
 def test_bits_do_not_depend_on_threads(native: list[str]) -> None:
     torch.manual_seed(0)
-    layer, x, threads = _layer(200), torch.randn(1, 1, 200), torch.get_num_threads()
+    layer, x = _layer(200), torch.randn(1, 1, 200)
     assert layer.i_proj.weight.numel() >= step.SERIAL_SIZE
-    made = []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            made += [layer(x, {"h": torch.ones(1, 200, 2)}) for _ in range(5)]
-    finally:
-        torch.set_num_threads(threads)
+    made = on_threads(lambda: layer(x, {"h": torch.ones(1, 200, 2)}))
     assert len(native) == 15
     for y, state in made:
         assert torch.equal(y, made[0][0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_calls import TOLERANCES, calls_of
+from native_calls import TOLERANCES, calls_of, check_close, on_threads
 from torch import Tensor, nn
 
 from kernels import jit_cpp
@@ -65,9 +65,7 @@ def test_a_token_alone(name: str, dtype: torch.dtype, native: list[str]) -> None
         assert after.keys() == want_after.keys()
         assert after["x"].data_ptr() != x.data_ptr()
         for found, right in ((y, want), *((after[key], want_after[key]) for key in after)):
-            assert found.dtype == right.dtype
-            assert found.is_contiguous()
-            assert (found - right).abs().max() <= TOLERANCES[dtype] * right.abs().max()
+            check_close(found, right, dtype)
 
 
 @torch.no_grad()
@@ -90,15 +88,10 @@ def test_saturated_gates(logit: float, native: list[str]) -> None:
 @torch.no_grad()
 def test_bits_do_not_depend_on_threads(native: list[str]) -> None:
     torch.manual_seed(0)
-    layer, x, threads = _layer(dim=264, heads=4), torch.randn(1, 1, 264), torch.get_num_threads()
+    layer, x = _layer(dim=264, heads=4), torch.randn(1, 1, 264)
     assert layer.r_proj.weight.numel() >= step.SERIAL_SIZE
-    made, state = [], _state(layer, 1)
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            made += [layer(x, state) for _ in range(5)]
-    finally:
-        torch.set_num_threads(threads)
+    state = _state(layer, 1)
+    made = on_threads(lambda: layer(x, state))
     assert len(native) == 15
     for y, after in made:
         assert torch.equal(y, made[0][0])
