@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.attention.cache import align, append, recent
 from kernels.attention.step import can_step, step
-from kernels.packing import Packing
 from kernels.problem import state_dtype
-from mixers.heads import split
+from mixers.heads import of_each_row, split
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import kept_frequencies, rotate
 from mixers.projections import project
 from mixers.registry import register
@@ -55,6 +55,7 @@ class Attention(SequenceMixer):
     family = "softmax attention"
     source = "arXiv 1706.03762"
     ops = ("attention",)
+    state_may_have = frozenset({"start", "end"})
     # what is kept of every token
     cached: tuple[str, ...] = ("keys", "values")
 
@@ -73,6 +74,7 @@ class Attention(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("attention", head_dim=head_dim, rotary_base=rotary_base)
         if heads is None:
             heads = next(n for n in range(max(dim // 64, 1), 0, -1) if dim % n == 0)
         kv_heads = heads if kv_heads is None else kv_heads
@@ -96,7 +98,7 @@ class Attention(SequenceMixer):
     ) -> dict[str, Tensor]:
         weight = self.k_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        if torch.is_autocast_enabled(device.type):
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         empty = torch.zeros(batch, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)
         return {"keys": empty, "values": empty.clone(), "length": torch.zeros(batch, dtype=torch.int64, device=device)}
@@ -222,7 +224,5 @@ def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     rows = torch.arange(x.shape[1], device=x.device)[None]
     if cu_seqlens is None:
         return length[:, None] + rows
-    owner = Packing.of(x, cu_seqlens, False).owner
-    assert owner is not None
     before = length.expand(cu_seqlens.shape[0] - 1) - cu_seqlens[:-1]
-    return rows + before[owner]
+    return rows + of_each_row("attention", before, x, cu_seqlens)

@@ -6,6 +6,7 @@ from torch import nn
 
 from mixers.delta import ConvolvedQKV, DeltaMixer
 from mixers.heads import GatedNorm, heads_for
+from mixers.options import positive
 from mixers.registry import register
 
 
@@ -56,6 +57,7 @@ class DeltaNet(DeltaMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("deltanet", expand_k=expand_k, expand_v=expand_v)
         keys, values = max(int(dim * expand_k), 1), max(int(dim * expand_v), 1)
         self.dim, self.heads, self.backend = dim, heads_for("deltanet", heads, 128, keys, values), backend
         self.key_width, self.value_width = keys // self.heads, values // self.heads

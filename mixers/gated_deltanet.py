@@ -6,6 +6,7 @@ from torch import nn
 
 from mixers.delta import ConvolvedQKV, DeltaMixer, decay_parameters
 from mixers.heads import GatedNorm
+from mixers.options import positive
 from mixers.registry import register
 
 
@@ -61,6 +62,7 @@ class GatedDeltaNet(DeltaMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("gated_deltanet", head_dim=head_dim, expand_v=expand_v)
         heads = max(round(0.75 * dim / (head_dim or 256)), 1) if heads is None else heads
         value_heads = heads if value_heads is None else value_heads
         if heads < 1 or value_heads < 1 or value_heads % heads:

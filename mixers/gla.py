@@ -14,6 +14,7 @@ from kernels.problem import state_dtype
 from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
 from mixers.registry import register
@@ -63,6 +64,7 @@ class GLA(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("gla", expand_k=expand_k, expand_v=expand_v, rank=rank, temperature=temperature)
         keys, values = max(int(dim * expand_k), 1), max(int(dim * expand_v), 1)
         self.dim, self.heads, self.backend = dim, heads_for("gla", heads, 128, keys, values), backend
         self.key_width, self.value_width, self.temperature = keys // self.heads, values // self.heads, temperature

@@ -14,6 +14,7 @@ from kernels.gla.transposed import gla_transposed
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
 from mixers.registry import register
@@ -59,10 +60,9 @@ class GSA(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("gsa", slots=slots, temperature=temperature)
         self.dim, self.heads, self.backend = dim, heads_for("gsa", heads, 64, dim), backend
         self.slots, self.temperature = dim // self.heads if slots is None else slots, temperature
-        if self.slots < 1:
-            raise ValueError(f"gsa: slots is {self.slots}, expected at least 1")
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)

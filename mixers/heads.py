@@ -1,4 +1,4 @@
-"""What mixers with heads share: how many heads, the norm of each head with its gate, the token before."""
+"""What mixers with heads share: how many heads, the norm of each head with its gate, the token before, its sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from kernels.gated_norm import gated_norm
 from kernels.gated_norm.step import step
-from kernels.problem import state_dtype
+from kernels.packing import Packing
+from kernels.problem import check_cu_seqlens, state_dtype
 from kernels.short_conv import short_conv
 from mixers.parts import ACTIVATIONS, cast, choice
 
@@ -29,6 +30,19 @@ def heads_for(who: str, heads: int | None, width: int, *dims: int) -> int:
 def split(x: Tensor, heads: int) -> Tensor:
     """[..., H · K] -> [..., H, K]"""
     return torch.unflatten(x, -1, (heads, -1))
+
+
+def of_each_row(who: str, values: Tensor, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Of each row of packed x [1, T, ...] the value [N, ...] of its sequence: [1, T, ...].
+
+    Raises:
+        ValueError: cu_seqlens ends before x does; read here before an op would notice.
+    """
+    try:
+        return Packing.of(x, cu_seqlens, False).of_each_row(values)
+    except IndexError:
+        check_cu_seqlens(who, cu_seqlens, x.shape[1])
+        raise
 
 
 class GatedNorm(nn.Module):

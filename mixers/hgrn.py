@@ -15,6 +15,7 @@ from kernels.problem import state_dtype
 from kernels.projections import ROWS
 from mixers.heads import GatedNorm
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import LowerBounded, choice
 from mixers.projections import plain_maps, project, untouched
 from mixers.recompute import in_chunks
@@ -78,6 +79,9 @@ class HGRN(LowerBounded, SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("hgrn", expand=expand)
+        if short_conv < 0:
+            raise ValueError(f"hgrn: short_conv is {short_conv}, expected a width, or 0 for none")
         if short_conv and bidirectional:
             raise ValueError("hgrn: short_conv looks back in time only; it cannot be combined with bidirectional=True")
         self.dim, self.width, self.complex = dim, dim * expand, complex

@@ -6,6 +6,7 @@ from torch import nn
 
 from mixers.delta import ConvolvedQKV, DeltaMixer, decay_parameters
 from mixers.heads import GatedNorm, heads_for
+from mixers.options import positive
 from mixers.registry import register
 
 
@@ -61,6 +62,7 @@ class KDA(DeltaMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("kda", heads=heads, head_dim=head_dim, expand_v=expand_v, rank=rank)
         if head_dim is None:
             heads = heads_for("kda", heads, 128, dim)
             head_dim = dim // heads

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.projections import project
 from mixers.registry import register
 
@@ -57,10 +58,9 @@ class LRU(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("lru", states=states, max_phase=max_phase)
         if not 0 <= r_min < r_max <= 1:
             raise ValueError(f"lru: r_min is {r_min} and r_max is {r_max}, expected 0 <= r_min < r_max <= 1")
-        if max_phase <= 0:
-            raise ValueError(f"lru: max_phase is {max_phase}, expected more than 0")
         self.dim, self.states, self.backend = dim, dim if states is None else states, backend
         self.in_proj = nn.Linear(dim, 2 * self.states, bias=False)
         self.out_proj = nn.Linear(2 * self.states, dim, bias=False)

@@ -13,6 +13,7 @@ from kernels.problem import state_dtype
 from kernels.selective_scan import selective_scan
 from kernels.short_conv import short_conv
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.projections import project
 from mixers.registry import register
 
@@ -67,10 +68,11 @@ class Mamba(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if short_conv < 1:
-            raise ValueError(f"mamba: short_conv is {short_conv}, expected at least 1")
+        positive("mamba", expand=expand, states=states, short_conv=short_conv, dt_rank=dt_rank)
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"mamba: dt_min is {dt_min} and dt_max is {dt_max}, expected 0 < dt_min <= dt_max")
+        if dt_floor < 0:
+            raise ValueError(f"mamba: dt_floor is {dt_floor}, expected at least 0")
         self.dim, self.width, self.states, self.short_conv = dim, expand * dim, states, short_conv
         self.dt_rank, self.backend = -(-dim // 16) if dt_rank is None else dt_rank, backend
         self.in_proj = nn.Linear(dim, 2 * self.width, bias=bias)

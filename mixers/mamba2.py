@@ -16,6 +16,7 @@ from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.heads import GatedNorm, heads_for, split
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
 from mixers.registry import register
@@ -69,12 +70,11 @@ class Mamba2(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("mamba2", expand=expand, state_dim=state_dim, short_conv=short_conv)
         self.dim, self.inner, self.state_dim, self.backend = dim, dim * expand, state_dim, backend
         self.heads, self.groups, self.short_conv = heads_for("mamba2", heads, 64, self.inner), groups, short_conv
         if groups < 1 or self.heads % groups:
             raise ValueError(f"mamba2: groups is {groups}, which does not divide the {self.heads} heads")
-        if short_conv < 1:
-            raise ValueError(f"mamba2: short_conv is {short_conv}, expected a width of at least 1")
         channels = self.inner + 2 * groups * state_dim
         self.in_proj = nn.Linear(dim, self.inner + channels + self.heads, bias=bias)
         bound = short_conv**-0.5

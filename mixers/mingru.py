@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernels.hgru import hgru
 from kernels.problem import state_dtype
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.projections import project
 from mixers.registry import register
 
@@ -44,6 +45,7 @@ class MinGRU(SequenceMixer):
         self, dim: int, *, expand: int = 1, candidate: str = "positive", bias: bool = True, backend: str = "auto"
     ) -> None:
         super().__init__()
+        positive("mingru", expand=expand)
         if candidate not in ("positive", "identity"):
             raise ValueError(f"mingru: candidate is {candidate!r}, expected 'positive' or 'identity'")
         self.dim, self.width, self.candidate, self.backend = dim, dim * expand, candidate, backend

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import choice
 from mixers.projections import project
 from mixers.registry import register
@@ -55,6 +56,7 @@ class MinLSTM(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("minlstm", expand=expand)
         if forget_bias and not bias:
             raise ValueError(f"minlstm: forget_bias is {forget_bias}, but bias=False leaves no bias to start there")
         self.candidate = choice("minlstm", "candidate", candidate, ("positive", "identity"))

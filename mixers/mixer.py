@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixers.state import State, leaves
+from mixers.options import check_types
+from mixers.state import Layout, State, layout_of, leaves, parts
 
 
 class SequenceMixer(nn.Module):
@@ -32,7 +33,10 @@ class SequenceMixer(nn.Module):
 
     dim: int
     causal: bool = True
+    # what a state may have beside the parts of the initial one
+    state_may_have: ClassVar[frozenset[str]] = frozenset()
     _config: dict[str, Any]
+    _layout: Layout | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -65,7 +69,7 @@ class SequenceMixer(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments that build this mixer again: `mixers.build(**mixer.config())`."""
-        return {"name": getattr(type(self), "registered_name", type(self).__name__.lower()), **self._config}
+        return {"name": _name(type(self)), **self._config}
 
     def state_size(self, length: int = 1) -> int:
         """Numbers in the state of one sequence after `length` tokens."""
@@ -78,7 +82,10 @@ class SequenceMixer(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in self._config.items() if not isinstance(v, nn.Module))
 
     def _check(self, x: Tensor, state: State, cu_seqlens: Tensor | None) -> None:
-        name, shape = type(self).__name__, x.shape
+        name = type(self).__name__
+        if type(x) is not Tensor and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: x is a {type(x).__name__}, expected a tensor")
+        shape = x.shape
         if len(shape) != 3:
             raise ValueError(f"{name}: x has {len(shape)} axes {list(shape)}, expected [B, T, {self.dim}]")
         batch, length, dim = shape
@@ -91,6 +98,8 @@ class SequenceMixer(nn.Module):
         if cu_seqlens is not None:
             if batch != 1:
                 raise ValueError(f"{name}: axis B is {batch}, but packed sequences (cu_seqlens) need B = 1")
+            if not isinstance(cu_seqlens, Tensor):
+                raise TypeError(f"{name}: cu_seqlens is a {type(cu_seqlens).__name__}, expected a tensor")
             if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] < 2:
                 raise ValueError(
                     f"{name}: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, "
@@ -101,9 +110,37 @@ class SequenceMixer(nn.Module):
             return
         if not self.causal:
             raise ValueError(f"{name}: a bidirectional mixer has no state, but one was passed")
-        for leaf in leaves(state):
-            if leaf.shape[0] != batch:
-                raise ValueError(f"{name}: axis batch is {leaf.shape[0]} in state but {batch} in x and cu_seqlens")
+        self._check_state(name, state, batch)
+
+    def _check_state(self, name: str, state: State, batch: int) -> None:
+        """The state has the parts and sizes of this mixer's: it is neither another mixer's nor of other options."""
+        found, layout = parts(state), self._layout
+        if layout is None and not torch.compiler.is_compiling():
+            with torch.device("meta"):
+                layout = self._layout = layout_of(self.init_state(1, device=torch.device("meta")))
+        # what is traced sets no attribute, and goes without where no state was seen before
+        for part, known in (layout or dict.fromkeys(found)).items():
+            leaf = found.get(part)
+            if type(leaf) is not Tensor:
+                if part not in found:
+                    raise ValueError(f"{name}: state has {[*found]}, but here {part!r} belongs to it")
+                for inner in leaves(leaf):
+                    _check_batch(name, inner.shape, batch)
+                continue
+            shape = leaf.shape
+            if shape[0] != batch:
+                _check_batch(name, shape, batch)
+            if known is not None and shape[known[0] :] != known[1]:
+                expected = ", ".join(["batch", *["any"] * (known[0] - 1), *map(str, known[1])])
+                raise ValueError(f"{name}: state {part!r} is {list(shape)}, expected [{expected}]")
+        if layout is not None and len(found) != len(layout):
+            for part in found.keys() - layout.keys() - self.state_may_have:
+                raise ValueError(f"{name}: state has {part!r}, but here {[*layout]} belong to it")
+
+
+def _check_batch(name: str, shape: torch.Size, batch: int) -> None:
+    if shape[0] != batch:
+        raise ValueError(f"{name}: axis batch is {shape[0]} in state but {batch} in x and cu_seqlens")
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:
@@ -114,6 +151,10 @@ def activation_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _name(cls: type) -> str:
+    return str(getattr(cls, "registered_name", cls.__name__.lower()))
+
+
 def _remember_arguments(init: Any) -> Any:
     signature = inspect.signature(init)
 
@@ -122,6 +163,7 @@ def _remember_arguments(init: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         remembered = dict(list(bound.arguments.items())[1:])
+        check_types(_name(type(self)), init, remembered)
         init(self, *args, **kwargs)
         # the outermost constructor is the one that was called, and it comes last
         object.__setattr__(self, "_config", remembered)

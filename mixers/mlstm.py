@@ -16,8 +16,9 @@ from kernels.gla.step import can_step, step
 from kernels.packing import Packing
 from kernels.problem import state_dtype
 from kernels.scan import scan
-from mixers.heads import GatedNorm, heads_for, previous, split
+from mixers.heads import GatedNorm, heads_for, of_each_row, previous, split
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
 from mixers.registry import register
@@ -69,6 +70,7 @@ class MLSTM(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("mlstm", expand_k=expand_k, expand_v=expand_v, gate_cap=gate_cap)
         keys, values = max(int(dim * expand_k), 1), max(int(dim * expand_v), 1)
         self.dim, self.heads, self.backend = dim, heads_for("mlstm", heads, 256, keys, values), backend
         self.key_width, self.value_width, self.gate_cap = keys // self.heads, values // self.heads, gate_cap
@@ -126,7 +128,7 @@ class MLSTM(SequenceMixer):
     def _logits(self, x: Tensor) -> Sequence[Tensor]:
         """Of i and f [B, T, H], in float32 or wider under autocast too: they stand in an exponent."""
         wide, projections, kind = state_dtype(x.dtype), (self.i_proj, self.f_proj), x.device.type
-        casts = torch.is_autocast_enabled(kind)
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         if x.shape[1] == 1 and x.dtype == wide and not casts:
             return project(x, *projections)
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
@@ -164,7 +166,7 @@ def kept(i: Tensor, log_f: Tensor, m: Tensor, cu_seqlens: Tensor | None) -> Tens
     if cu_seqlens is not None:
         packing = Packing.of(i, cu_seqlens, False)
         assert packing.owner is not None
-        carried = packing.of_each_row(m - packing.at_first_rows(total - log_f))
+        carried = of_each_row("mlstm", m - packing.at_first_rows(total - log_f), i, cu_seqlens)
         # raises every sequence above those before it, so that their maximum ends there
         both = torch.stack([own, carried])
         lift = Packing.spread(packing.owner, own) * (both.amax() - both.amin() + 1)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from kernels.gla import gla
 from kernels.gla.step import can_step, retention_step
-from kernels.packing import Packing
 from kernels.problem import state_dtype
-from mixers.heads import GatedNorm, heads_for, split
+from mixers.heads import GatedNorm, heads_for, of_each_row, split
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import kept_frequencies, rotate
 from mixers.projections import project
 from mixers.registry import register
@@ -60,6 +60,7 @@ class RetNet(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("retnet", expand_v=expand_v, rotary_base=rotary_base)
         values = max(int(dim * expand_v), 1)
         self.dim, self.heads, self.backend = dim, heads_for("retnet", heads, 256, dim, values), backend
         self.key_width, self.value_width, self.rotary_base = dim // self.heads, values // self.heads, rotary_base
@@ -111,6 +112,4 @@ def _positions(x: Tensor, length: Tensor, cu_seqlens: Tensor | None) -> tuple[Te
     rows = torch.arange(x.shape[1], device=x.device)[None]
     if cu_seqlens is None:
         return length[:, None] + rows, length + x.shape[1]
-    owner = Packing.of(x, cu_seqlens, False).owner
-    assert owner is not None
-    return rows + (length - cu_seqlens[:-1])[owner], length + cu_seqlens.diff()
+    return rows + of_each_row("retnet", length - cu_seqlens[:-1], x, cu_seqlens), length + cu_seqlens.diff()

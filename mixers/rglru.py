@@ -43,7 +43,7 @@ class RGLRU(SequenceMixer):
 
     def __init__(self, dim: int, *, heads: int = 1, backend: str = "auto") -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"rglru: dim is {dim}, which heads = {heads} does not divide")
         self.dim, self.heads, self.backend = dim, heads, backend
         block = dim // heads

@@ -14,6 +14,7 @@ from kernels.problem import state_dtype
 from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
+from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project, project_each
 from mixers.registry import register
@@ -67,6 +68,7 @@ class RWKV6(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("rwkv6", rank=rank, decay_rank=decay_rank)
         if not 0 <= depth <= 1:
             raise ValueError(f"rwkv6: depth is {depth}, expected 0 (first layer) to 1 (last layer)")
         self.dim, self.heads, self.rank, self.backend = dim, heads_for("rwkv6", heads, 64, dim), rank, backend

@@ -16,6 +16,7 @@ from kernels.problem import state_dtype
 from kernels.projections import ROWS
 from mixers.heads import GatedNorm, heads_for, previous, split
 from mixers.mixer import SequenceMixer, activation_dtype
+from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import plain_maps, project, project_each, untouched
 from mixers.registry import register
@@ -75,6 +76,7 @@ class RWKV7(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        positive("rwkv7", rank=rank, gate_rank=gate_rank)
         if not 0 <= layer < layers:
             raise ValueError(f"rwkv7: layer is {layer}, expected one of 0 to layers − 1 = {layers - 1}")
         self.dim, self.heads, self.backend = dim, heads_for("rwkv7", heads, 64, dim), backend

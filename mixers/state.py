@@ -5,7 +5,7 @@ A state is never changed in place by a mixer, so keeping a reference is a snapsh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -37,6 +37,29 @@ def leaves(state: State) -> list[Tensor]:
         else:
             apply(found.append, part)
     return found
+
+
+def parts(state: State) -> Mapping[Any, Any]:
+    """What the tree's root holds, by name or by place."""
+    if type(state) is dict:
+        return state
+    return dict(enumerate(state)) if isinstance(state, tuple) else {0: state}
+
+
+# Of each part the first axis from which on sizes are known, and these. It is behind the batch, and behind an axis that
+# is empty at the start and grows. None for a tree within the tree.
+Layout: TypeAlias = "dict[Any, tuple[int, tuple[int, ...]] | None]"
+
+
+def layout_of(initial: State) -> Layout:
+    """What the states of a mixer have in common with its initial one."""
+    layout: Layout = {}
+    for name, part in parts(initial).items():
+        layout[name] = None
+        if isinstance(part, Tensor):
+            first = max([1, *(axis + 1 for axis, size in enumerate(part.shape) if size == 0)])
+            layout[name] = first, tuple(part.shape[first:])
+    return layout
 
 
 def clone(state: State) -> Any:

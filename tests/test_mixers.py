@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -75,6 +76,52 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
         "axis B is 2, but packed sequences",
         lambda: mixers.build("hgrn", 8)(torch.zeros(2, 2, 8), cu_seqlens=torch.tensor([0, 2])),
     ),
+    "numpy": (TypeError, "x is a ndarray", lambda: mixers.build("hgrn", 8)(torch.zeros(1, 2, 8).numpy())),
+    "a list": (
+        TypeError,
+        "cu_seqlens is a list, expected a tensor",
+        lambda: mixers.build("hgrn", 8)(torch.zeros(1, 2, 8), cu_seqlens=[0, 2]),  # type: ignore[arg-type]
+    ),
+    "another mixer's state": (
+        ValueError,
+        r"GLA: state has \['h'\], but here 'S' belongs to it",
+        lambda: mixers.build("gla", 8)(torch.zeros(2, 2, 8), mixers.build("hgrn", 8).init_state(2)),
+    ),
+    "a state with more": (
+        ValueError,
+        "Attention: state has 'log_decays', but here",
+        lambda: mixers.build("attention", 8)(
+            torch.zeros(2, 2, 8), mixers.build("forgetting_attention", 8).init_state(2)
+        ),
+    ),
+    "a state of other sizes": (
+        ValueError,
+        r"GLA: state 'S' is \[2, 1, 2, 4\], expected \[batch, 1, 4, 8\]",
+        lambda: mixers.build("gla", 8)(torch.zeros(2, 2, 8), mixers.build("gla", 4).init_state(2)),
+    ),
+    "a cache of other heads": (
+        ValueError,
+        r"Attention: state 'keys' is \[2, 3, 2, 4\], expected \[batch, any, 1, 8\]",
+        lambda: mixers.build("attention", 8)(
+            torch.zeros(2, 2, 8), mixers.build("attention", 8, heads=2)(torch.zeros(2, 3, 8))[1]
+        ),
+    ),
+    "a stack's state": (
+        ValueError,
+        r"Stack: state has \[0\], but here 1 belongs to it",
+        lambda: mixers.Stack(8, ["hgrn", "gla"])(torch.zeros(2, 2, 8), mixers.Stack(8, ["hgrn"]).init_state(2)),
+    ),
+    "option of another type": (TypeError, "gla: heads is 2.0, expected int or None", lambda: mixers.GLA(8, heads=2.0)),
+    "a word for a flag": (
+        TypeError,
+        "hgrn: complex is 'no', expected bool",
+        lambda: mixers.build("hgrn", 8, complex="no"),
+    ),
+    "a flag for a number": (
+        TypeError,
+        "hgrn: expand is True, expected int",
+        lambda: mixers.build("hgrn", 8, expand=True),
+    ),
     "stack": (ValueError, "expected a list of mixers' names", lambda: mixers.Stack(8, "hgrn")),
     "stack options": (
         ValueError,
@@ -95,6 +142,32 @@ def test_wrong_calls(name: str) -> None:
     error, message, call = WRONG[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_options_out_of_range_are_refused(name: str) -> None:
+    """Numbers below what an option may be are named, in place of an error from somewhere within."""
+    for option, parameter in list(inspect.signature(registry.get(name).__init__).parameters.items())[2:]:
+        kinds = str(parameter.annotation)
+        if kinds.startswith(("int", "float")) and option != "forget_bias":
+            with pytest.raises(ValueError, match=option):
+                mixers.build(name, 12, **{option: -1})
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_borders_of_packed_sequences_are_checked(name: str) -> None:
+    layer, x = mixers.build(name, 12), torch.randn(1, 7, 12)
+    for borders in ([0, 6], [1, 7], [0, 9], [0, 5, 3, 7]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            layer(x, cu_seqlens=torch.tensor(borders))
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_shapes_without_numbers(name: str) -> None:
+    layer, x = mixers.build(name, 12).to("meta"), torch.empty(2, 3, 12, device="meta")
+    y, after = layer(x)
+    assert y.shape == x.shape
+    assert layer(x, after)[0].is_meta
 
 
 class Plugin(SequenceMixer):
