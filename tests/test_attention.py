@@ -99,6 +99,15 @@ def test_equals_torch(backend: str, causal: bool) -> None:
         assert close(ours, other, 1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_flash_linear_attention(backend: str, window: int | None) -> None:
+    theirs = pytest.importorskip("fla.ops.attn.naive").naive_parallel_attn
+    q, k, v = (torch.randn(2, 67, heads, 16) for heads in (6, 3, 3))
+    expected = theirs(q, k, v, scale=0.3, window_size=window)[0]
+    assert close(attention(q, k, v, scale=0.3, window=window, backend=backend), expected, 1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "options",

@@ -98,6 +98,7 @@ def peers() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     gated = pytest.importorskip("fla.ops.gated_delta_rule.naive")
     kda = pytest.importorskip("fla.ops.kda.naive")
     general = pytest.importorskip("fla.ops.generalized_delta_rule.dplr.naive")
+    without_decays = pytest.importorskip("fla.ops.generalized_delta_rule.iplr.naive")
 
     def heads_first(function: Callable[..., Any], *rows: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
         y, final = function(*(x.transpose(1, 2) for x in rows), initial_state=initial)
@@ -123,25 +124,29 @@ def peers() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
         # their function mixes dtypes unless all are float32, as here
         return heads_first(general.dplr_recurrence, q, k, v, a, b, g, initial=initial)
 
+    def identity(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: None, initial: Tensor) -> Any:
+        return heads_first(without_decays.iplr_recurrence, q, k, v, a, b, initial=initial)
+
     return {
         "delta_rule": (ours, plain),
         "gated_delta_rule": (ours, per_head),
         "kda": (ours, per_key),
         "dplr": (ours_general, diagonal),
+        "iplr": (ours_general, identity),
     }
 
 
 @pytest.mark.parametrize("initial", [False, True], ids=["from zero", "from a state"])
-@pytest.mark.parametrize("which", ["delta_rule", "gated_delta_rule", "kda", "dplr"])
+@pytest.mark.parametrize("which", ["delta_rule", "gated_delta_rule", "kda", "dplr", "iplr"])
 def test_agrees_with_flash_linear_attention(which: str, initial: bool) -> None:
     ours, theirs = peers()[which]
     sizes = {"B": 2, "T": 70, "H": 2, "K": 12, "V": 7, "J": 1 if which == "gated_delta_rule" else 12}
     generator = torch.Generator().manual_seed(5)
-    op = OPS["dplr" if which == "dplr" else "delta_rule"]
+    op = OPS["dplr" if which in ("dplr", "iplr") else "delta_rule"]
     sampled: dict[str, Any] = op.sample(sizes, generator=generator)
     if not initial:
         sampled["initial_state"] = torch.zeros_like(sampled["initial_state"])
-    if which == "delta_rule":
+    if which in ("delta_rule", "iplr"):
         sampled["log_decay"] = None
     elif which == "gated_delta_rule":
         sampled["log_decay"] = sampled["log_decay"][..., 0]
