@@ -175,3 +175,18 @@ def test_what_is_shipped_was_made_from_these_sources() -> None:
         kernels = known[target]["kernels"]
         assert {row["op"] for row in kernels} == ops
         assert not [row for row in kernels if row["spills"] or row["fault"]], target
+
+
+def test_shipped_kernels_of_streaming_ops_are_wide_and_resident() -> None:
+    """A quarter of the warps, 16 bytes to a load and to a row's store; on NVIDIA rows come by asynchronous copies."""
+    known = json.loads((Path(__file__).parents[1] / "docs" / "speed" / "static.json").read_text())
+    for target in CARDS:
+        rows = [row for row in known[target]["kernels"] if row["op"] in ("scan", "hgru", "gated_norm", "short_conv")]
+        assert {row["op"] for row in rows} == {"scan", "hgru", "gated_norm", "short_conv"}
+        for row in rows:
+            assert row["occupancy"] >= 0.25, row
+            assert row["loads"].get("16"), row
+            # a chunk's last state, and sums of parameters' gradients, are narrower than rows
+            assert row["stores"].get("16") or row["kernel"] in ("scan_chunks", "hgru_chunks", "add_pieces"), row
+            if target.startswith("sm_") and row["op"] in ("scan", "hgru") and row["kernel"] != "add_pieces":
+                assert row["asynchronous"] >= 4, row
