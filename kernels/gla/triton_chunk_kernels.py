@@ -45,7 +45,8 @@ def walk(
     block = program % (key_blocks * value_blocks)
     head = program // (key_blocks * value_blocks)
     n, h = (head // H).to(tl.int64), head % H
-    keys = block // value_blocks * BK + tl.arange(0, BK)
+    first_key = block // value_blocks * BK
+    keys = first_key + tl.arange(0, BK)
     values = block % value_blocks * BV + tl.arange(0, BV)
     if cu_seqlens is None:
         first, length, chunk = n * T, n * 0 + T, n * tl.cdiv(T, C)
@@ -79,7 +80,9 @@ def walk(
             value = load_tile(v, start, count, h, H, V, values, C) * SCALE
             state = tl.dot(tl.trans(key), value, state, input_precision=WHOLE)
     if final is not None:
-        store_state(final, n * H + h, K, V, keys, values, state)
+        # Its rows are keys. Their places in 64 bits, as store_state has them, would be in registers through the whole
+        # loop: in float32 on A100 one too many
+        store_tile(final, (n * H + h) * K + first_key, K - first_key, 0, 1, V, values, state, BK)
 
 
 @triton.jit(do_not_specialize=["T"])
