@@ -27,15 +27,23 @@ def with_axis(op: str, log_decay: Tensor | None, q: Tensor) -> Tensor | None:
     Raises:
         ValueError: a decay for each key, but not as many as q has.
     """
-    if log_decay is not None and log_decay.ndim == 3:
+    if not isinstance(log_decay, Tensor):
+        return log_decay
+    if log_decay.ndim == 3:
         return log_decay.unsqueeze(-1)
-    if log_decay is not None and log_decay.ndim == 4 and q.ndim == 4 and log_decay.shape[3] != q.shape[3]:
+    if log_decay.ndim == 4 and isinstance(q, Tensor) and q.ndim == 4 and log_decay.shape[3] != q.shape[3]:
         raise ValueError(f"{op}: axis K is {q.shape[3]} in q but {log_decay.shape[3]} in log_decay")
     return log_decay
 
 
 def scale_of(scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    """As given, or K^−½. What has no K is the op's to refuse, by name."""
+    if scale is not None:
+        return float(scale)
+    try:
+        return q.shape[-1] ** -0.5
+    except (AttributeError, IndexError, ZeroDivisionError):
+        return 1.0
 
 
 class Sampler:

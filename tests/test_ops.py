@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -121,6 +122,18 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
             args = [*{**given, axis: wrong}.values(), *op.options.values(), "auto"]
             with pytest.raises(TypeError, match=rf"^{name}: {axis} is {type(wrong).__name__}, expected a tensor$"):
                 op(*args)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "gated_norm"])
+def test_the_public_function_names_what_does_not_fit_too(name: str) -> None:
+    function, op = getattr(import_module(f"kernels.{name}"), name), OPS[name]
+    sampled = op.sample({letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 4})
+    first, *others = [sampled[arg.name] for arg in op.inputs if not arg.optional]
+    with pytest.raises(TypeError, match=f"^{name}: {op.inputs[0].name} is list, expected a tensor$"):
+        function(first.tolist(), *others)
+    for wrong in (first.sum(), first[None], first[..., :0]):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            function(wrong, *others)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

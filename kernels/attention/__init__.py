@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import naive
+from kernels.matrix_state import scale_of
 from kernels.op import Backend, Cost, Op
 from kernels.problem import Arg, Problem, state_dtype
 
@@ -69,14 +70,15 @@ def attention(
     "GQA" (arXiv 2305.13245); window: Beltagy et al. 2020, "Longformer" (arXiv 2004.05150); log_decay: Lin et al. 2025,
     "Forgetting transformer" (arXiv 2503.02130).
     """
-    if q.ndim == 4 and k.ndim == 4 and q.shape[2] % k.shape[2]:
+    if type(q) is not Tensor or type(k) is not Tensor:
+        OP.check_types((q, k, v, starts, ends, log_decay, cu_seqlens))
+    if q.ndim == 4 and k.ndim == 4 and k.shape[2] and q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: axis H is {q.shape[2]} in q, no multiple of the {k.shape[2]} heads (axis G) of k")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}, expected at least 1, or None for no window")
     if log_decay is not None and not causal:
         raise ValueError("attention: log_decay needs causal=True; nothing is forgotten between a query and a later key")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = scale_of(scale, q)
     if cu_seqlens is not None and k.ndim == 4:
         if k.shape[0] > 1 and log_decay is not None:
             if log_decay.shape[:2] != k.shape[:2]:
@@ -87,7 +89,7 @@ def attention(
         k, v, starts, ends = _one_row(q, k, v, starts, ends, cu_seqlens.shape[0] - 1)
     elif starts is not None or ends is not None:
         starts, ends = _both(starts, ends, k, q.shape[0])
-    return OP(q, k, v, starts, ends, log_decay, cu_seqlens, causal, window or 0, float(scale), backend)[0]
+    return OP(q, k, v, starts, ends, log_decay, cu_seqlens, causal, window or 0, scale, backend)[0]
 
 
 def _both(starts: Tensor | None, ends: Tensor | None, k: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
