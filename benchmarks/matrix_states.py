@@ -1,6 +1,7 @@
 """Matrix-state ops beside softmax attention on a CPU: `python benchmarks/matrix_states.py`. Exit code 1 for a miss.
 
 Ratios to F.scaled_dot_product_attention(is_causal=True) on the same sizes; what is compared is timed interleaved.
+Beside them stand the other backends, and other libraries' PyTorch paths where they are installed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from libraries import peers_of
 from limits import Row, main, medians, trainer
+from peers import prepared, sampled
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -58,6 +61,20 @@ def backends(what: str, direction: str) -> tuple[str, list[str]]:
     return picked, [name for name in able if name != picked]
 
 
+def others_of(what: str, direction: str) -> dict[str, Callable[[], object]]:
+    """Other libraries' functions for the same problem, by name; without those that are not there or take seconds."""
+    case, device = what.replace(", a decay", ""), torch.device("cpu")
+    given = sampled(case, SIZES, torch.float32, device)
+    found = {}
+    for peer in peers_of(case, device):
+        subject = prepared(peer, given, direction, longest=1.0)
+        if isinstance(subject, str):
+            print(f"        {peer.name} is left out of {what}, {direction}: {subject}", flush=True)
+        else:
+            found[peer.name] = subject.run(direction)
+    return found
+
+
 def ratios(rounds: int) -> Iterator[Row]:
     """What "auto" picks is held to the limits; every other backend's time stands beside it."""
     heads_first = [torch.randn(SIZES["B"], SIZES["H"], SIZES["T"], SIZES["K"]) for _ in range(3)]
@@ -67,8 +84,9 @@ def ratios(rounds: int) -> Iterator[Row]:
             picked, others = backends(what, direction)
             named = [subject(what, SIZES["T"], name) for name in ("auto", *others)]
             runs = [make(softmax, *heads_first), *(make(run, *inputs) for run, inputs in named)]
-            base, seconds, *slower = medians(runs, max(rounds // 2, 3))
-            beside = "".join(f", {name} {time * 1e3:.1f} ms" for name, time in zip(others, slower))
+            theirs = others_of(what, "forward+backward" if n else "forward")
+            base, seconds, *slower = medians([*runs, *theirs.values()], max(rounds // 2, 3))
+            beside = "".join(f", {name} {time * 1e3:.1f} ms" for name, time in zip((*others, *theirs), slower))
             detail = f"{picked} {seconds * 1e3:.1f} ms, attention {base * 1e3:.1f} ms{beside}"
             name = f"{what}, {'forward + backward' if n else 'forward'}"
             yield Row(name, seconds / base, limits[n], "×", detail)
