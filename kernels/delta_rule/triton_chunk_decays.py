@@ -18,7 +18,9 @@ from kernels.delta_rule.triton_chunk_tiles import (
     added,
     below,
     cells,
+    dot,
     gradients_of_values,
+    high_part,
     load_blocks,
     load_inverse,
     load_pairs,
@@ -80,15 +82,34 @@ def delta_pairs_by_key(
         store_inverse(inverses, index, A, load_vector(beta, first, count, h, H, C), C, PRECISE)
 
 
+@triton.jit
+def summed(sums, a, b, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
+    # sums + a @ b, in the registers of the sums: what is left to add, the compiler leaves beside all that comes after
+    if PRECISE == "tf32x3":
+        high, found = high_part(a), high_part(b)
+        sums = dot(high, b - found, sums, BATCHED, "tf32")
+        sums = dot(a - high, found, sums, BATCHED, "tf32")
+        return dot(high, found, sums, BATCHED, "tf32")
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISE)
+
+
+@triton.jit
+def updated(state, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
+    # state + a @ b; NARROW: of inputs of 16 bits. Sums of products round towards zero, and a state is one of all chunks
+    return summed(state, a, b, PRECISE, BATCHED) if NARROW else added(state, a, b, False, PRECISE, BATCHED)
+
+
 @triton.jit(do_not_specialize=["T"])
 def delta_chunks_by_key(
     q, k, v, beta, log_decay, initial, inverses, reads, y, final, entering, errors, cu_seqlens, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     BLOCKS: tl.constexpr, BV: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
+    NARROW: tl.constexpr = k.dtype.element_ty.primitive_bitwidth == 16
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
     state = load_blocks(initial, n * H + h, K, V, values, BK, BLOCKS)
-    for c in range(0, tl.cdiv(length, C)):
+    for c in range(0, tl.cdiv(length, C).to(tl.int32)):
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
         if entering is not None:
             store_blocks(entering, index, K, V, values, state, BK, BLOCKS)
@@ -100,10 +121,10 @@ def delta_chunks_by_key(
             keys = b * BK + tl.arange(0, BK)
             prefix = decays_over(before, load_logs(log_decay, first, count, h, H, K, keys, C), PRECISE)
             key = load_tile(k, first, count, h, H, K, keys, C) * prefix
-            seen = added(seen, state[b], tl.trans(key), False, PRECISE, BATCHED)
+            seen = summed(seen, state[b], tl.trans(key), PRECISE, BATCHED)
             if y is not None:
                 query = load_tile(q, first, count, h, H, K, keys, C) * prefix
-                out = added(out, state[b], tl.trans(query), False, PRECISE, BATCHED)
+                out = summed(out, state[b], tl.trans(query), PRECISE, BATCHED)
         error = load_turned(v, first, count, h, H, V, values, C) - seen
         error = product(error, tl.trans(load_inverse(inverses, index, C)), False, PRECISE, BATCHED)
         if errors is not None:
@@ -119,7 +140,7 @@ def delta_chunks_by_key(
             keys = b * BK + tl.arange(0, BK)
             logs = load_logs(log_decay, first, count, h, H, K, keys, C)
             key = load_tile(k, first, count, h, H, K, keys, C) * decays_over(after, logs, PRECISE)
-            left += (added(tl.exp(tl.sum(logs, 0))[None, :] * state[b], u, key, False, PRECISE, BATCHED),)
+            left += (updated(tl.exp(tl.sum(logs, 0))[None, :] * state[b], u, key, NARROW, PRECISE, BATCHED),)
         state = left
     if final is not None:
         store_blocks(final, n * H + h, K, V, values, state, BK, BLOCKS)
@@ -131,9 +152,10 @@ def delta_chunks_back_by_key(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     BLOCKS: tl.constexpr, BV: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
+    NARROW: tl.constexpr = k.dtype.element_ty.primitive_bitwidth == 16
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
     dstate = load_blocks(dfinal, n * H + h, K, V, values, BK, BLOCKS)
-    chunks = tl.cdiv(length, C)
+    chunks = tl.cdiv(length, C).to(tl.int32)
     for back in range(0, chunks):
         c = chunks - 1 - back
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
@@ -145,7 +167,7 @@ def delta_chunks_back_by_key(
             keys = b * BK + tl.arange(0, BK)
             suffix = decays_over(after, load_logs(log_decay, first, count, h, H, K, keys, C), PRECISE)
             key = load_tile(k, first, count, h, H, K, keys, C) * suffix
-            du = added(du, dstate[b], tl.trans(key), False, PRECISE, BATCHED)
+            du = summed(du, dstate[b], tl.trans(key), PRECISE, BATCHED)
         out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
         du += product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, BATCHED)
         du *= load_vector(beta, first, count, h, H, C)[None, :]
@@ -158,9 +180,9 @@ def delta_chunks_back_by_key(
             logs = load_logs(log_decay, first, count, h, H, K, keys, C)
             prefix = decays_over(before, logs, PRECISE)
             query = load_tile(q, first, count, h, H, K, keys, C) * prefix
-            kept = added(tl.exp(tl.sum(logs, 0))[None, :] * dstate[b], out, query, False, PRECISE, BATCHED)
+            kept = updated(tl.exp(tl.sum(logs, 0))[None, :] * dstate[b], out, query, NARROW, PRECISE, BATCHED)
             key = load_tile(k, first, count, h, H, K, keys, C) * prefix
-            entered += (added(kept, -dvalue, key, False, PRECISE, BATCHED),)
+            entered += (updated(kept, -dvalue, key, NARROW, PRECISE, BATCHED),)
         dstate = entered
     if dinitial is not None:
         store_blocks(dinitial, n * H + h, K, V, values, dstate, BK, BLOCKS)

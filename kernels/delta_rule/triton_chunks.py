@@ -64,7 +64,7 @@ def cannot(problem: Problem) -> list[str]:
     if dtype == torch.float64:
         return ["products of tiles are of float32"]
     # at most twice as many rows as keys, else what cancels loses digits; float32 takes two parts in registers
-    most = 32 if dtype.itemsize == 4 else 64 if by_key(problem) else 128
+    most = 64 if scaled(problem) else 128
     if not C // 2 <= sizes["K"] <= most:
         reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
     if sizes["K"] > 32 and sizes["V"] % 2:
@@ -85,7 +85,7 @@ def configs(problem: Problem) -> list[dict[str, int]]:
     if cannot(problem):
         return []
     K, V = problem.sizes["K"], problem.sizes["V"]
-    if by_key(problem):
+    if by_key(problem) or (scaled(problem) and K > 32):
         chosen = [64]
     elif K > 64:
         chosen = [128, 64]
@@ -93,12 +93,17 @@ def configs(problem: Problem) -> list[dict[str, int]]:
         chosen = [128]
     else:
         chosen = [64] if V <= 64 else [128, 64]
-    return [{"chunk": C, "values": values, "keys": tile(K, by_key(problem))} for values in chosen]
+    return [{"chunk": C, "values": values, "keys": tile(K, scaled(problem))} for values in chosen]
 
 
 def by_key(problem: Problem) -> bool:
     """Whether each key has a decay of its own."""
     return bool(problem.options["log_decay"]) and problem.sizes["J"] > 1
+
+
+def scaled(problem: Problem) -> bool:
+    """Whether rows of keys have all of float32's digits, which are two numbers of TF32."""
+    return by_key(problem) or problem.dtypes["q"].itemsize == 4
 
 
 def tile(keys: int, scaled: bool = False) -> int:

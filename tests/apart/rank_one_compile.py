@@ -44,29 +44,34 @@ def test_default_configs(op: str, direction: str, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("keys, per_key", [(64, False), (128, False), (64, True)])
+@pytest.mark.parametrize(
+    "dtype, keys, per_key", [(BFLOAT16, 64, False), (BFLOAT16, 128, False), (FLOAT32, 64, True)], ids=str
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_chunks(direction: str, keys: int, per_key: bool, target: str) -> None:
-    check("delta_rule", target, direction, 0, keys=keys, values=128, chunks=True, per_key=per_key)
+def test_chunks(direction: str, dtype: torch.dtype, keys: int, per_key: bool, target: str) -> None:
+    check("delta_rule", target, direction, 0, dtype, keys, values=128, chunks=True, per_key=per_key)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("facts", [{"packed": True}, {"log_decay": False, "initial_state": False}], ids=str)
 @pytest.mark.parametrize(
-    "dtype, keys", [(FLOAT32, 32), (BFLOAT16, 64), (BFLOAT16, 96), (BFLOAT16, 100), (BFLOAT16, 128)], ids=str
+    "dtype, keys",
+    [(FLOAT32, 32), (FLOAT32, 50), (FLOAT32, 64), (BFLOAT16, 64), (BFLOAT16, 96), (BFLOAT16, 100), (BFLOAT16, 128)],
+    ids=str,
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_all_chunks(direction: str, dtype: torch.dtype, keys: int, facts: dict[str, Any], target: str) -> None:
-    other = 1 if direction == "forward" or keys > 64 else 0
-    for config, values in (0, 16), (0, 64), (0, 100), (0, 128), (0, 130), (other, 128):
+    for config, values in (0, 16), (0, 64), (0, 100), (0, 128), (0, 130), (-1, 128):
         check("delta_rule", target, direction, config, dtype, keys, values, chunks=True, per_key=False, **facts)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("facts", [{"packed": True}, {"initial_state": False}], ids=str)
-@pytest.mark.parametrize("dtype, keys", [(FLOAT32, 32), (BFLOAT16, 8), (BFLOAT16, 40), (BFLOAT16, 64)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, keys", [(FLOAT32, 32), (FLOAT32, 50), (FLOAT32, 64), (BFLOAT16, 8), (BFLOAT16, 40), (BFLOAT16, 64)], ids=str
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_chunks_of_decays_per_key(
     direction: str, dtype: torch.dtype, keys: int, facts: dict[str, Any], target: str

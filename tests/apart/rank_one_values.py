@@ -98,7 +98,7 @@ def test_chunks_of_every_kind(case: dict[str, Any], direction: str) -> None:
 WIDE_FACTS = {
     "target": ("sm_90", "sm_100", "gfx942"),
     "length": (33, 40),
-    "keys": (96, 100, 128),
+    "keys": (50, 96, 100, 128),
     "values": (6, 66, 80),
     "dtype": (tc.FLOAT32, tc.BFLOAT16),
     "log_decay": (True, True, False),
@@ -123,8 +123,11 @@ def test_chunks_of_many_keys(case: dict[str, Any], direction: str) -> None:
     beta = given["beta"]
     assert beta is not None
     given["beta"] = (torch.arange(beta.numel()) % 3).view(beta.shape).to(beta)
-    wide = replace(inputs.problem, dtypes=dict.fromkeys(inputs.problem.dtypes, tc.BFLOAT16))
-    config = shipped(replace(inputs, problem=wide))
+    problem = inputs.problem
+    if case["keys"] > 64:
+        # of float32 too, for which registers have no room: there is more to see
+        problem = replace(problem, dtypes=dict.fromkeys(problem.dtypes, tc.BFLOAT16))
+    config = shipped(replace(inputs, problem=problem))
     with mock.patch.object(triton_chunks, "target_of", return_value=case["target"]):
         tc.agrees(replace(inputs, tensors=tuple(given.values())), config)
 
@@ -164,18 +167,20 @@ def test_chunks_lose_nothing_and_give_only_what_is_needed_in_any_order(per_key: 
             assert gradient is None or (expected is not None and torch.equal(gradient, expected))
 
 
-# What forward and backward move at most for each further chunk, as times the least, by K = V, GPU and decays
+# What forward and backward move at most for each further chunk, as times the least, by dtype, K = V, GPU and decays
 LIMITS = {
-    (64, "sm_90", False): (1.01, 1.22),
-    (128, "sm_90", False): (1.2, 1.14),
-    (128, "sm_100", False): (1.43, 1.14),
-    (64, "sm_90", True): (1.48, 1.27),
+    (tc.BFLOAT16, 64, "sm_90", False): (1.01, 1.22),
+    (tc.BFLOAT16, 128, "sm_90", False): (1.2, 1.14),
+    (tc.BFLOAT16, 128, "sm_100", False): (1.43, 1.14),
+    (tc.BFLOAT16, 64, "sm_90", True): (1.48, 1.27),
+    (tc.FLOAT32, 64, "sm_90", False): (1.2, 1.23),
+    (tc.FLOAT32, 64, "sm_90", True): (1.45, 1.25),
 }
 
 
-def moved(direction: str, width: int, per_key: bool, length: int) -> tuple[int, int]:
+def moved(direction: str, dtype: torch.dtype, width: int, per_key: bool, length: int) -> tuple[int, int]:
     """What is moved, and the least where all chunks are worked on at once: docs/derivations/delta_rule.md."""
-    inputs = posed(DELTA_RULE, direction, 1, length, width, width, per_key, dtype=tc.BFLOAT16, initial_state=True)
+    inputs = posed(DELTA_RULE, direction, 1, length, width, width, per_key, dtype=dtype, initial_state=True)
     config = shipped(inputs)
     with counting() as traffic:
         found = inputs.call(tc.triton("delta_rule"), config)()
@@ -193,10 +198,10 @@ def moved(direction: str, width: int, per_key: bool, length: int) -> tuple[int, 
     return traffic.moved, least + q + k + v + size["dy"] + pairs + 2 * states
 
 
-@pytest.mark.parametrize("width, target, per_key", LIMITS)
+@pytest.mark.parametrize("dtype, width, target, per_key", LIMITS, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_what_chunks_move(direction: str, width: int, target: str, per_key: bool) -> None:
+def test_what_chunks_move(direction: str, dtype: torch.dtype, width: int, target: str, per_key: bool) -> None:
     with mock.patch.object(triton_chunks, "target_of", return_value=target):
-        (more, more_least), (one, one_least) = (moved(direction, width, per_key, length) for length in (32, 16))
+        (more, more_least), (one, one_least) = (moved(direction, dtype, width, per_key, length) for length in (32, 16))
     times = (more - one) / (more_least - one_least)
-    assert 1 < times <= LIMITS[width, target, per_key][direction == "backward"]
+    assert 1 < times <= LIMITS[dtype, width, target, per_key][direction == "backward"]
