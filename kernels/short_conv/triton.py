@@ -41,7 +41,7 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first.
 
     CT: rows of a program. BT: of a tile; num_stages: of those in work or on their way. num_warps: warps side by side.
-    At least a quarter of the warps that a GPU can hold are resident, but backward with more than 6 taps in float64:
+    At least a quarter of the warps that a GPU can hold are resident, but backward with more than 5 taps in float64:
     sums, taps and two windows of rows, each W numbers of two registers, are more than a thread may then have.
     Beside its rows a program moves its taps, those at its borders, and backward its sums, W + 1 numbers for each of its
     columns: in bfloat16 4 % of all bytes forward with 128 rows, backward 10 % with 128 and 2 % with 512.
@@ -211,6 +211,6 @@ class _Given:
         }
         # NVIDIA's assembler else takes some more for the window and the sums, and fewer warps are resident; but many
         # wide taps need more
-        most = 6 if state == torch.float64 else MOST_TAPS
+        most = 5 if state == torch.float64 else MOST_TAPS
         registers = 128 if kernel is conv_backward and most >= W else None
         return Launch(kernel, self._pieces * -(-D // block), arguments, config["num_warps"], registers=registers)
