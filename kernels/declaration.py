@@ -98,6 +98,10 @@ class Declaration:
         """The problem posed by the operator's arguments (tensors, cu_seqlens, options); checks them."""
         sizes, count = self.check(direction, args), len(self.names(direction))
         facts: dict[str, Any] = dict(zip(self.options, args[count + 1 :]))
+        for name, default in self.options.items():
+            kinds = (int, float) if type(default) is float else type(default)
+            if not isinstance(facts[name], kinds):
+                raise TypeError(f"{self.name}: {name} is {facts[name]!r}, expected {type(default).__name__}")
         dtypes = {}
         described = self.described(direction, args)
         for arg, tensor in described:

@@ -85,7 +85,7 @@ def describe(name: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

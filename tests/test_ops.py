@@ -124,6 +124,19 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
                 op(*args)
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if OPS[name].options])
+def test_an_option_of_another_type_is_named(name: str) -> None:
+    op = OPS[name]
+    sizes = {letter: 3 for arg in op.inputs for letter in arg.letters if letter.isalpha()} | {"T": 4, "S": 4}
+    sampled = op.sample(sizes, dtype=torch.float32)
+    tensors = [sampled[arg.name] for arg in op.inputs]
+    for option, default in op.options.items():
+        wrong = 3 if isinstance(default, str) else "3"
+        options = {**op.options, option: wrong}
+        with pytest.raises(TypeError, match=f"^{name}: {option} is {wrong!r}, expected {type(default).__name__}$"):
+            op(*tensors, None, *options.values(), "auto")
+
+
 @pytest.mark.parametrize("name", [name for name in OPS if name != "gated_norm"])
 def test_the_public_function_names_what_does_not_fit_too(name: str) -> None:
     function, op = getattr(import_module(f"kernels.{name}"), name), OPS[name]
