@@ -191,13 +191,11 @@ INLINE Vec<float, W> from_bfloat16(Vec<uint16_t, W> v) {
     return bits_as<Vec<float, W>>(widen<W>(v) << 16);
 }
 
-// The bfloat16 next to each number, ties to even, in its upper half; a NaN stays a NaN.
+// The bfloat16 next to each number, ties to even, in its upper half; a NaN stays one if the lower half is 0.
 template <class V>
-INLINE Vec<uint32_t, lanes<V>> bfloat16_above(V v) {
-    using Bits = Vec<uint32_t, lanes<V>>;
-    auto u = bits_as<Bits>(v);
-    Bits rounded = u + 0x7fff + ((u >> 16) & 1), quiet = u | 0x400000;
-    return v == v ? rounded : quiet;
+INLINE Vec<uint32_t, lanes<V>> rounded_to_bfloat16(V v) {
+    auto u = bits_as<Vec<uint32_t, lanes<V>>>(v);
+    return u + 0x7fff + ((u >> 16) & 1);
 }
 
 template <int W>
@@ -210,7 +208,8 @@ INLINE Vec<uint16_t, W> to_bfloat16(Vec<float, W> v) {
             return bits_as<Vec<uint16_t, W>>(_mm512_cvtneps_pbh(x));
     }
 #endif
-    return narrow<W>(bfloat16_above(v) >> 16);
+    Vec<uint32_t, W> quiet = bits_as<Vec<uint32_t, W>>(v) | 0x400000;
+    return narrow<W>((v == v ? rounded_to_bfloat16(v) : quiet) >> 16);
 }
 
 #if defined(__x86_64__) && defined(__F16C__)
@@ -310,7 +309,7 @@ INLINE Group<Vec<float, W / 2>, 2> load_apart(const BFloat16* p) {
     return {{bits_as<V>(both << 16), bits_as<V>(both & 0xffff0000)}};
 }
 
-// Denormals may become zeros.
+// Denormals may become zeros. The lower half of a NaN is 0: so it is where it was a bfloat16's, or an operation made it.
 template <class V>
 INLINE void store_apart(BFloat16* p, const Group<V, 2>& v) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -322,7 +321,15 @@ INLINE void store_apart(BFloat16* p, const Group<V, 2>& v) {
         return;
     }
 #endif
-    auto both = bfloat16_above(v.v[0]) >> 16 | (bfloat16_above(v.v[1]) & 0xffff0000);
+    auto even = rounded_to_bfloat16(v.v[0]) >> 16, odd = rounded_to_bfloat16(v.v[1]);
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32) {
+        auto both = _mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+        std::memcpy(p, &both, sizeof both);
+        return;
+    }
+#endif
+    auto both = even | (odd & 0xffff0000);
     std::memcpy(p, &both, sizeof both);
 }
 

@@ -72,6 +72,23 @@ def test_sixteen_bits_far_out(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-7 * max(1.0, size))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_keep_every_nan(dtype: torch.dtype) -> None:
+    """Also one all of whose bits are set, which rounding like a number would make a zero."""
+    nan = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    i, f, dh = torch.randn(3, 1, 3, 5 * 64).to(dtype)
+    i[..., ::5], f[..., 1::5] = torch.tensor(-1, dtype=torch.int16).view(dtype), math.nan
+    bound, state = torch.zeros(5 * 64), torch.zeros(1, 5 * 64)
+    bound[2::5], state[:, 3::5] = nan, nan
+    leaves = [x.requires_grad_() for x in (i, f, bound, state)]
+    h, final = hgru(leaves[0], leaves[1], leaves[2], None, leaves[3], backend="native")
+    di, df, *_ = torch.autograd.grad(h, leaves, dh)
+    for found in (h, final, df):
+        assert found.isnan().reshape(-1, 64, 5).all(1).all(0).tolist() == [True] * 4 + [False]
+    assert di.isnan().reshape(-1, 64, 5).all(1).all(0).tolist()[:3] == [True] * 3
+    assert not any(found[..., 4::5].isnan().any() for found in (h, final, di, df))
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_agrees_with_the_loop(activation: str, pairs: bool) -> None:

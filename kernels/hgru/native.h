@@ -43,10 +43,15 @@ struct Channels {
 template <class T, bool PAIRS, int W>
 constexpr bool kApart = std::is_same_v<T, BFloat16> && !PAIRS && kPartLanes<float, W> * 2 == W;
 
-// Where the rows of the sequences are T: lanes in the order of channels as a tile has them, and back.
+// Where the rows of the sequences are T: lanes in the order of channels as a tile has them, with NaNs that a bfloat16
+// could hold, and back.
 template <class T, bool PAIRS, class V>
 INLINE V ordered(const V& v) {
-    if constexpr (kApart<T, PAIRS, lanes<V>>) return apart(v);
+    if constexpr (kApart<T, PAIRS, lanes<V>>) {
+        V out = apart(v);
+        for (auto& some : out.v) some = some == some ? some : decltype(some + 0){} + __builtin_nanf("");
+        return out;
+    }
     else return v;
 }
 template <class T, bool PAIRS, class V>
