@@ -48,7 +48,10 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """
     if cannot(problem):
         return []
-    return [{"chunk": 32, "num_warps": 4}, {"chunk": 16, "num_warps": 2}]
+    found = [{"chunk": 32, "num_warps": 4}, {"chunk": 16, "num_warps": 2}]
+    # With few keys the gradients of longer chunks spill beside a bonus
+    spills = problem.direction == "backward" and problem.options["bonus"] and problem.sizes["K"] <= 32
+    return found[1:] if spills else found
 
 
 def first(problem: Problem) -> bool:
@@ -213,11 +216,11 @@ class Chunks:
                 most = (64, 64)
             elif kernel is gla_outputs and V > 128 and (aligned or self.bonus is None):
                 most = (16, 256)
-            elif kernel is gla_gradients and self.decays == 1:
-                # registers have room for no more beside the products of q and k
-                most = (64, 16)
             elif kernel is gla_gradients and self.decays == 2 and self.bonus is not None and not self.nvidia:
                 most = (32, 32)
+        if kernel is gla_gradients and self.decays == 1:
+            # registers have room for no more beside the products of q and k
+            most = (most[0], 16)
         BK, BV = (min(max(triton.next_power_of_2(width), 16), limit) for width, limit in zip((K, V), most))
         return {"BK": BK, "BV": BV}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -53,8 +54,16 @@ def test_chunks(direction: str, dtype: torch.dtype, config: int, target: str) ->
     check(target, direction, config, dtype, 128, chunks=True, values=128)
     check(target, direction, config, dtype, 256, chunks=True, values=256)
     check(target, direction, config, dtype, 128, chunks=True, values=128, per_key=False, bonus=True)
-    check(target, direction, config, dtype, chunks=True, per_key=False, bonus=True)
+    check(target, direction, config, dtype, chunks=True, per_key=False)
     check(target, direction, config, dtype, chunks=True, log_decay=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_gradients_of_few_keys_in_chunks(dtype: torch.dtype, target: str) -> None:
+    for per_key, bonus in itertools.product((True, False), repeat=2):
+        check(target, "backward", 0, dtype, 32, chunks=True, per_key=per_key, bonus=bonus)
 
 
 @pytest.mark.parametrize("target", TARGETS)
