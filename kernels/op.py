@@ -18,7 +18,7 @@ from torch import Tensor
 import autotune
 from autotune import program
 from autotune.lock import Locked
-from kernels import registration
+from kernels import registration, unrolled
 from kernels.backend import Backend, Config, from_packages, with_options
 from kernels.declaration import Cost, Declaration
 from kernels.engine import Engine
@@ -28,8 +28,7 @@ from kernels.registration import Prepared
 __all__ = ["Backend", "Config", "Cost", "Op", "Plan", "recording"]
 
 # Found once: on the way of every call, a name in another module costs as much as the answer.
-_generation, _threads = autotune.generation, torch.get_num_threads
-_deterministic, _autocast = torch._C._get_deterministic_algorithms, torch._C._is_any_autocast_enabled
+_autocast = torch._C._is_any_autocast_enabled
 _watched, _is_grad_enabled = registration.watched, torch.is_grad_enabled
 
 # Plans are cheap to make again; the bound keeps a stream of ever new shapes from growing without end.
@@ -52,11 +51,18 @@ class Op(Declaration):
     forward_overload: Callable[..., Any] = field(init=False, repr=False)
     backward_overload: Callable[..., Any] = field(init=False, repr=False)
     _plans: dict[Any, Prepared] = field(default_factory=dict, repr=False)
-    _with_gradient: Callable[..., tuple[Tensor, ...]] = field(init=False, repr=False)
+    _prepared: Callable[[Callable[..., Any], Sequence[Any]], Prepared] = field(init=False, repr=False)
+    _signature: Callable[..., tuple[tuple[Any, ...], bool]] = field(init=False, repr=False)
+    _backward_signature: Callable[..., tuple[tuple[Any, ...], bool]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backends", (*self.backends, *from_packages(self.name)))
-        object.__setattr__(self, "_with_gradient", registration.register(self))
+        object.__setattr__(self, "_prepared", registration.register(self))
+        inputs = {arg.name: arg.optional for arg in self.inputs} | {"cu_seqlens": True}
+        residuals = {name: inputs.get(name, False) for name in (*self.residuals, "cu_seqlens")}
+        gradients = {f"d{arg.name}": True for arg in self.outputs}
+        object.__setattr__(self, "_signature", unrolled.signature([*inputs.items()]))
+        object.__setattr__(self, "_backward_signature", unrolled.signature([*(gradients | residuals).items()]))
         # found here, because torch.compile does not trace through the lock of a cached_property
         object.__setattr__(self, "forward_overload", registration.overload(self.name))
         object.__setattr__(self, "backward_overload", registration.overload(f"{self.name}_backward"))
@@ -68,9 +74,10 @@ class Op(Declaration):
         end = len(self.inputs) + 1
         tensors = args[:end]
         try:
-            signature, requires_grad = self._signature("called", tensors, args[end:])
+            signature, requires_grad = self._signature("called", *tensors, args[end:])
         except AttributeError:
             self.check_types(args)
+            self.check("forward", args)
             raise
         call = self._plans.get(signature)
         if call is None:
@@ -79,7 +86,7 @@ class Op(Declaration):
                 return self.forward_overload(*args)
             call = self._remember(signature, "forward", args)
         if requires_grad and _is_grad_enabled():
-            return self._with_gradient(call, *tensors)
+            return call.with_gradient(call.run, *tensors[: call.given])
         return call.run(*tensors)
 
     def run_forward(self, *args: Any) -> tuple[Tensor, ...]:
@@ -95,30 +102,14 @@ class Op(Declaration):
     def run(self, direction: str, args: Sequence[Any]) -> Any:
         end = len(self.names(direction)) + 1
         tensors = args[:end]
-        signature, _ = self._signature(direction, tensors, args[end:])
+        of = self._signature if direction == "forward" else self._backward_signature
+        signature, _ = of(direction, *tensors, args[end:])
         call = self._plans.get(signature) or self._remember(signature, direction, args)
         return call.run(*tensors)
 
-    @staticmethod
-    def _signature(way: str, tensors: Sequence[Any], rest: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
-        """All that a plan depends on, and whether a tensor requires a gradient.
-
-        way: "called" (plain tensors only), "forward" or "backward". tensors: cu_seqlens is the last of them.
-        """
-        found = [way, rest, _generation(), _threads(), _deterministic(), _autocast()]
-        requires_grad = False
-        # a loop, and no tuple for each tensor: a comprehension is one more call, and a tuple is hashed and compared
-        for t in tensors:
-            if t is None:
-                found.append(None)
-            else:
-                found += type(t), t.shape, t.dtype, t.is_cpu or t.device
-                requires_grad |= t.requires_grad
-        return tuple(found), requires_grad
-
     def _remember(self, signature: tuple[Any, ...], direction: str, args: Sequence[Any]) -> Prepared:
         run = self._prepare(direction, args)
-        call = registration.prepared(self, run, args) if direction == "forward" else Prepared(run)
+        call = self._prepared(run, args) if direction == "forward" else Prepared(run)
         if len(self._plans) >= MAX_PLANS:
             self._plans.clear()
         self._plans[signature] = call

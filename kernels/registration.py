@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import itemgetter
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from kernels import flops
+from kernels import flops, unrolled
 
 if TYPE_CHECKING:
     from kernels.op import Op
@@ -32,6 +31,8 @@ _CALL = torch._C._FunctionBase.__dict__["apply"]
 _is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
+# A class for each set of options and of tensors that are there: plans have one each where an option never comes again.
+MAX_FUNCTIONS = 256
 _TYPES = {bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -43,27 +44,13 @@ def overload(name: str) -> Callable[..., Any]:
 class Prepared:
     """What a call comes to, once its signature is known.
 
-    run: of the inputs and cu_seqlens. rest: the arguments after them, options and the backend's name. there: which of
-    the residuals and cu_seqlens, as backward gets them, are tensors; keep: takes those out of inputs, cu_seqlens and
-    outputs, because saving a None takes time too.
+    run: of the inputs and cu_seqlens. with_gradient: of `run` and the first `given` of these; the others are None, and
+    handing one to autograd takes time too. A backward pass has none.
     """
 
     run: Callable[..., Any]
-    rest: tuple[Any, ...] = ()
-    there: tuple[bool, ...] = ()
-    keep: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = tuple
-
-
-def prepared(op: Op, run: Callable[..., Any], args: Sequence[Any]) -> Prepared:
-    """`run` for the operator's arguments, and for others that have tensors and None in the same places."""
-    end = len(op.inputs) + 1
-    names = [*(arg.name for arg in op.inputs), "cu_seqlens", *(arg.name for arg in op.outputs)]
-    places = [names.index(name) for name in (*op.residuals, "cu_seqlens")]
-    there = tuple(i >= end or args[i] is not None for i in places)
-    found = [i for i, tensor in zip(places, there) if tensor]
-    # itemgetter of a single place would find no tuple
-    keep = itemgetter(*found) if len(found) > 1 else itemgetter(slice(found[0], found[0] + 1))
-    return Prepared(run, tuple(args[end:]), there, keep)
+    with_gradient: Any = None
+    given: int = 0
 
 
 def watched() -> bool:
@@ -103,9 +90,9 @@ def define(
     flops.register(getattr(getattr(torch.ops, NAMESPACE), name), count)
 
 
-def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
-    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns the op with its gradient for
-    calls that nobody watches (see `_function`)."""
+def register(op: Op) -> Callable[[Callable[..., Any], Sequence[Any]], Prepared]:
+    """Defines `op.name` and `op.name + "_backward"` in torch.ops.sequence_mixers; returns what prepares calls that
+    nobody watches, of the function that runs them and the operator's arguments."""
     by_name = {arg.name: arg for arg in (*op.inputs, *op.outputs)}
     options = [f"{_TYPES[type(default)]} {name}" for name, default in op.options.items()]
 
@@ -120,17 +107,33 @@ def register(op: Op) -> Callable[..., tuple[Tensor, ...]]:
     # a single output comes in a list, so that callers get a sequence of tensors whatever the op
     outputs = ", ".join(["Tensor"] * len(op.outputs)) if len(op.outputs) > 1 else "Tensor[]"
     gradients = ", ".join(["Tensor"] * len(op.inputs))
-    function = _function(op)
+    functions = lru_cache(MAX_FUNCTIONS)(partial(_function, op))
     define(
         op.name, f"({forward}) -> ({outputs})", kernel=op.run_forward, fake=_fake_forward(op),
-        autograd=_autograd(op, function.apply), count=_flops(op, "forward"),
+        autograd=_autograd(op, functions), count=_flops(op, "forward"),
     )  # fmt: skip
     define(
         f"{op.name}_backward", f"({backward}) -> ({gradients})", kernel=op.run_backward, fake=_fake_backward(op),
         autograd=_no_second_derivative(op), count=_flops(op, "backward"),
     )  # fmt: skip
-    # what `apply` comes to where no function is transformed; its way through Python costs as much as the kernel
-    return _CALL.__get__(None, function)
+
+    def prepared(run: Callable[..., Any], args: Sequence[Any]) -> Prepared:
+        there, rest = _split(op, args)
+        # what `apply` comes to where no function is transformed; its way through Python costs as much as the kernel
+        return Prepared(run, _CALL.__get__(None, functions(there, rest)), _given(there))
+
+    return prepared
+
+
+def _split(op: Op, args: Sequence[Any]) -> tuple[tuple[bool, ...], tuple[Any, ...]]:
+    """Which of the inputs and cu_seqlens are tensors, and the arguments after them: options and the backend's name."""
+    end = len(op.inputs) + 1
+    return tuple(t is not None for t in args[:end]), tuple(args[end:])
+
+
+def _given(there: Sequence[bool]) -> int:
+    """How many are left without the None at the end."""
+    return max(i for i, tensor in enumerate(there, 1) if tensor)
 
 
 def _fake_forward(op: Op) -> Callable[..., Any]:
@@ -167,13 +170,14 @@ def needs_gradient(inputs: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
+def _autograd(op: Op, functions: Callable[..., type[torch.autograd.Function]]) -> Callable[..., Any]:
     """The Autograd key: straight to the kernel if nothing needs a gradient, else through the autograd.Function."""
     count = len(op.inputs)
 
     def autograd(*args: Any) -> Any:
         if needs_gradient(args[:count]):
-            return with_gradient(prepared(op, partial(run, args[count + 1 :]), args), *args[: count + 1])
+            there, rest = _split(op, args)
+            return functions(there, rest).apply(partial(run, rest), *args[: _given(there)])
         return run((), *args)
 
     def run(rest: tuple[Any, ...], *args: Any) -> Any:
@@ -183,43 +187,47 @@ def _autograd(op: Op, with_gradient: Callable[..., Any]) -> Callable[..., Any]:
     return autograd
 
 
-def _function(op: Op) -> type[torch.autograd.Function]:
-    """The op with its gradient: a function of what is prepared (one argument, because every one that is no tensor costs
-    some time), the inputs and cu_seqlens."""
-    constant = [i for i, arg in enumerate(op.outputs) if not arg.differentiable]
+def _function(op: Op, there: tuple[bool, ...], rest: tuple[Any, ...]) -> type[torch.autograd.Function]:
+    """The op with its gradient for these options, and these of its inputs and cu_seqlens: a function of what runs it
+    (one argument, because every one that is no tensor costs some time) and of the tensors.
+
+    Such a class knows all that would else be kept in every call's context, in a dictionary of its own.
+    """
+    tensors = dict(zip([*(arg.name for arg in op.inputs), "cu_seqlens"], there))
+    outputs, constant = [arg.name for arg in op.outputs], [arg.name for arg in op.outputs if not arg.differentiable]
+    # which of the residuals and cu_seqlens are there: saving a None takes time too
+    found = {name: tensors.get(name, True) for name in (*op.residuals, "cu_seqlens")}
+    kept = [name for name, tensor in found.items() if tensor]
+    *options, backend = rest
 
     class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, call: Prepared, *tensors: Any) -> tuple[Tensor, ...]:
-            results = tuple(call.run(*tensors))
-            # what save_for_backward and set_materialize_grads set: each would be one more call
-            ctx.to_save = call.keep(tensors + results)
-            ctx.materialize_grads = False
-            ctx.call = call
-            if constant:
-                ctx.mark_non_differentiable(*[results[i] for i in constant])
-            return results
+        # of the base classes: looked up by name in every call, class by class
+        setup_context = torch.autograd.Function.setup_context
+        clear_saved_tensors_on_access = False
+        boxed_grads_call = False
+
+        forward = staticmethod(unrolled.forward([*tensors.items()], outputs, kept, constant))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = iter(ctx.saved_tensors)
-            *residuals, cu_seqlens = [next(saved) if there else None for there in ctx.call.there]
-            *options, backend = ctx.call.rest
-            needs = ctx.needs_input_grad[1:-1]
+            *residuals, cu_seqlens = [next(saved) if tensor else None for tensor in found.values()]
+            needs = ctx.needs_input_grad[1:]
             if torch.is_grad_enabled():
                 if op.differentiable_backward is None:
                     raise RuntimeError(f"{op.name}: no second derivative; call backward without create_graph=True")
                 named = dict(zip(op.options, options))
-                found = op.differentiable_backward(*grads, *residuals, cu_seqlens, **named, backend=backend)
+                gradients = op.differentiable_backward(*grads, *residuals, cu_seqlens, **named, backend=backend)
             else:
                 mask = sum(1 << i for i, needed in enumerate(needs) if needed)
                 args = (*grads, *residuals, cu_seqlens, *options, mask, backend)
                 if not watched() and plain(args):
-                    found = op.run("backward", args)
+                    gradients = op.run("backward", args)
                 else:
                     with below():
-                        found = op.backward_overload(*args)
-            return (None, *(g if needed else None for g, needed in zip(found, needs)), None)
+                        gradients = op.backward_overload(*args)
+            # cu_seqlens, where it is given, has none
+            return (None, *(g if needed else None for g, needed in zip((*gradients, None), needs)))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:

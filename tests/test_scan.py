@@ -190,6 +190,8 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
     "integers": (TypeError, "scan: x is int64, expected a floating-point", lambda: scan(a, x.long())),
     "dtypes": (TypeError, "scan: a is float64 but x is float32", lambda: scan(a.double(), x)),
     "half complex": (TypeError, "scan: a is torch.float32 beside complex", lambda: scan(a, x + 0j)),
+    "complex decay": (TypeError, "scan: a is complex64, expected a floating-point", lambda: scan(a + 0j, x)),
+    "missing": (TypeError, "scan: x is missing", lambda: scan(a, None)),  # type: ignore[arg-type]
     "devices": (ValueError, "scan: a is on cpu but x is on meta", lambda: scan(a, x.to("meta"))),
     "packed batch": (ValueError, "scan: axis B is 2, but packed", lambda: scan(a, x, cu_seqlens=packed)),
     "packed end": (

@@ -47,9 +47,9 @@ def scan(
     Source: Martin & Cundy 2018, "Parallelizing linear recurrent neural nets over sequence length" (arXiv 1709.04057).
     """
     try:
-        real = not (x.is_complex() or a.is_complex())
+        real = not x.is_complex()
     except AttributeError:
-        # no tensors, of which the op says what it expected
+        # no tensor, of which the op says what it expected
         real = True
     if real:
         h, final = OP(a, x, initial_state, cu_seqlens, reverse, backend)

@@ -69,7 +69,8 @@ def forward(
     """h like x, and final_state [N, D] or [N, D, 2] in the dtype of states."""
     h = pool.empty_like(x)
     if initial_state is None:
-        final_state = x.new_empty((sequences(x, cu_seqlens), *x.shape[2:]), dtype=state_dtype(x.dtype))
+        # sizes one by one: torch takes longer to read a tuple of them
+        final_state = x.new_empty(sequences(x, cu_seqlens), *x.shape[2:], dtype=state_dtype(x.dtype))
     else:
         final_state = pool.empty_like(initial_state)
     _forward(a, x, initial_state, cu_seqlens, h, final_state, reverse, config)
