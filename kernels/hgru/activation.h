@@ -111,8 +111,9 @@ template <int W>
 INLINE Vec<float, W> step_to_silu(Vec<float, W> h, Vec<float, W> i, const Opened<W>& o, Vec<float, W> upper) {
     i = at_least<W, float>(i, kLeastSilu);
     auto product = o.e * o.rest + o.rest;
+    Vec<float, W> s;
     // where it reaches this the share is as good as 0; a division makes that of infinity, Newton's step does not
-    if constexpr (kShortUnbounded) product = at_most<W, float>(product, 1e38);
-    auto s = upper * inverse<W, float>(product);
+    if constexpr (kShortUnbounded) s = upper * inverse<W, float>(at_most<W, float>(product, 1e38));
+    else s = upper / product;
     return s * i + (h - s * o.rest * h);
 }
