@@ -198,6 +198,15 @@ INLINE Vec<uint32_t, lanes<V>> rounded_to_bfloat16(V v) {
     return u + 0x7fff + ((u >> 16) & 1);
 }
 
+// The same where any NaN stays one.
+template <class V>
+INLINE Vec<uint32_t, lanes<V>> bfloat16_above(V v) {
+    using Bits = Vec<uint32_t, lanes<V>>;
+    auto u = bits_as<Bits>(v);
+    Bits rounded = rounded_to_bfloat16(v), quiet = u | 0x400000;
+    return v == v ? rounded : quiet;
+}
+
 template <int W>
 INLINE Vec<uint16_t, W> to_bfloat16(Vec<float, W> v) {
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)
@@ -208,8 +217,7 @@ INLINE Vec<uint16_t, W> to_bfloat16(Vec<float, W> v) {
             return bits_as<Vec<uint16_t, W>>(_mm512_cvtneps_pbh(x));
     }
 #endif
-    Vec<uint32_t, W> quiet = bits_as<Vec<uint32_t, W>>(v) | 0x400000;
-    return narrow<W>((v == v ? rounded_to_bfloat16(v) : quiet) >> 16);
+    return narrow<W>(bfloat16_above(v) >> 16);
 }
 
 #if defined(__x86_64__) && defined(__F16C__)
