@@ -24,18 +24,18 @@ __all__ = ["Chunks", "cannot", "comes_first", "configs", "target_of"]
 
 # Values of the state to a program of a walk
 VALUES = 64
-MOST_KEYS = 64
 PAIRS = "inverses", "ak", "qk", "qb"
 
 
 def cannot(problem: Problem) -> list[str]:
     """Why chunks cannot run the problem, which the loop over rows then has to itself; empty if they can."""
-    sizes, reasons = problem.sizes, []
-    if problem.dtypes["q"] == torch.float64:
+    sizes, dtype, reasons = problem.sizes, problem.dtypes["q"], []
+    if dtype == torch.float64:
         return ["products of tiles are of float32"]
-    # at most twice as many rows as keys, else what cancels loses digits
-    if not C // 2 <= sizes["K"] <= MOST_KEYS:
-        reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {MOST_KEYS}")
+    # at most twice as many rows as keys, else what cancels loses digits; 64 keys of float32 spill on A100
+    most = 32 if dtype.itemsize == 4 else 64
+    if not C // 2 <= sizes["K"] <= most:
+        reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
     if sizes["K"] > 32 and sizes["V"] % 2:
         # the place of every single value would take registers that many keys need
         reasons.append(f"axis V is {sizes['V']}; chunks of more than 32 keys are for even numbers")
