@@ -100,7 +100,9 @@ def delta_chunks(
 ):  # fmt: skip
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
     state = load_blocks(initial, n * H + h, K, V, values, BK, BLOCKS)
-    for c in range(0, tl.cdiv(length, C)):
+    # a number of 64 bits is two registers, which two parts of float32 do not leave
+    chunks = tl.cdiv(length, C) if NARROW else tl.cdiv(length, C).to(tl.int32)
+    for c in range(0, chunks):
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
         if entering is not None:
             store_blocks(entering, index, K, V, values, state, BK, BLOCKS)

@@ -59,7 +59,10 @@ BY_KEY = Kernels(delta_pairs_by_key, delta_chunks_by_key, delta_chunks_back_by_k
 
 
 def cannot(problem: Problem) -> list[str]:
-    """Why chunks cannot run the problem, which the loop over rows then has to itself; empty if they can."""
+    """Why chunks cannot run the problem; empty if they can.
+
+    The loop over rows then has it to itself, which moves several times as much: see the derivation.
+    """
     sizes, dtype, reasons = problem.sizes, problem.dtypes["q"], []
     if dtype == torch.float64:
         return ["products of tiles are of float32"]
@@ -210,7 +213,8 @@ class Chunks:
     def forward(self, y: Tensor, final: Tensor) -> list[Launch]:
         inverses = self._pairs()
         # made by the walk itself where that moves less and has room for it
-        reads = self._pairs() if self.tiles_on_b200 or self.by_key else None
+        crowded = self.by_key or (self.q.element_size() == 4 and self.blocks > 1)
+        reads = self._pairs() if self.tiles_on_b200 or crowded else None
         return [self._products(inverses, reads, None), self._walk(inverses, reads=reads, y=y, final=final)]
 
     def backward(self, dy: Tensor, dfinal: Tensor | None, found: Mapping[str, Tensor | None]) -> list[Launch]:
