@@ -22,4 +22,4 @@ def test_representative_kernels(half: str) -> None:
 
 @pytest.mark.long
 def test_every_kernel() -> None:
-    assert run("triton_compile.py", "-m", "long", interpret=False) >= 576
+    assert run("triton_compile.py", "-m", "long", interpret=False) >= 1152
