@@ -121,7 +121,7 @@ def test_only_what_fits_is_read(native: list[str]) -> None:
     state = mixer(x)[1]
     native.clear()
     for key in ("keys", "values", "log_decays"):
-        with pytest.raises(ValueError, match="attention: "):
+        with pytest.raises(ValueError, match=f"state '{key}'"):
             mixer(x, {**state, key: state[key][..., 1:]})
     with pytest.raises(TypeError, match=r"length is torch\.int32"):
         mixer(x, {**state, "length": state["length"].int()})

@@ -161,7 +161,7 @@ def test_nothing_of_another_shape_or_dtype_is_read(what: str, native: list[str])
     x, state = torch.randn(2, 1, layer.dim), layer.init_state(2)
     S = state["S"]
     for wrong in (S[..., 1:], S[:, :, 1:], S[:, 1:], S[0:2, 0], S.view(2, S.shape[1], 1, -1)):
-        with pytest.raises(ValueError, match="gla: "):
+        with pytest.raises(ValueError, match="state 'S'"):
             layer(x, {**state, "S": wrong})
     with pytest.raises(TypeError, match="float64"):
         layer(x, {**state, "S": S.double()})
