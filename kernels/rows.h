@@ -119,6 +119,10 @@ struct Output {
         ahead = in_place ? row + rows.ahead : row;
         if (!in_place) rows.ahead = 0;
     }
+    // Whether its rows begin with a line, so that vectors can go around the cache without the buffer.
+    bool of_lines() const {
+        return reinterpret_cast<uintptr_t>(rows.row) % kCacheLine == 0 && rows.step * sizeof(T) % kCacheLine == 0;
+    }
     INLINE void prefetch(int64_t c) const { __builtin_prefetch(ahead + c, 1); }
     INLINE void next(int64_t n) {
         if (!needed) return;

@@ -292,6 +292,21 @@ INLINE void store(T* p, const Group<V, K>& v) {
     for (int k = 0; k < K; ++k) store(p + k * lanes<V>, v.v[k]);
 }
 
+// Stores around the cache, like copy_around_cache; p is a whole number of vectors.
+template <class T, class V>
+INLINE void stream(T* p, V v) {
+    static_assert(std::is_same_v<T, StateOf<T>>);
+#if defined(__AVX__)
+    if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+    store(p, v);
+}
+
+template <class T, class V, int K>
+INLINE void stream(T* p, const Group<V, K>& v) {
+    for (int k = 0; k < K; ++k) stream(p + k * lanes<V>, v.v[k]);
+}
+
 // A group of lanes 0, 2, 4, ... and lanes 1, 3, 5, ... of what lies in memory, and back: many bfloat16 are read and
 // written with fewer instructions that way.
 template <class V>

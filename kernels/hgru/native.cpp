@@ -90,10 +90,13 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
     PaddedRows<T, PAIRS> i(g.i, g.i_strides, t, backwards);
     PaddedRows<T, false> f(g.f, g.f_strides, t, backwards);
     Output<T> h(p.h, packed<PAIRS>(tiling.contiguous()), wide, backwards, n > t.columns || tiling.around_cache());
+    // A row that is copied around the cache at once waits for memory while nothing is computed.
+    constexpr bool may_stream = kVectorBytes == 32 && std::is_same_v<T, S> && !PAIRS;
+    const bool streams = may_stream && h.needed && h.around_cache && h.of_lines() && n == t.columns && n % W == 0;
     const Constants<T, PAIRS, W> constant(g, t);
     State<T, PAIRS> state;
     state.template enter<W>(start, t);
-    for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(wide.columns)) {
+    for (int64_t r = 0; r < t.rows; ++r, i.next(), f.next(), h.next(streams ? 0 : wide.columns)) {
         const T *i_row = i.now(), *f_row = f.now();
         if constexpr (kShort<T> && !PAIRS && KIND == SILU) row_of_silu<W>(n, backwards, i, f, h, constant, state);
         else for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
@@ -113,6 +116,8 @@ void forward_tile(const Forward& p, const Tiling<StateOf<T>>& tiling, const Tile
                 x.re = multiply_add(share, x.re, decay * s.re);
             }
             state.template set<W>(slot, x);
+            if constexpr (may_stream)
+                if (streams) return stream(h.rows.row + c, x.re);
             write<PAIRS, W>(h.row, c, x);
         });
     }
