@@ -25,6 +25,18 @@ CONFIG = {"numbers": 1, "num_warps": 1, "rows": 4}
 HARD = torch.tensor([-math.inf, math.log(1e-30), math.log(1e-3), math.log(0.5), 0.0], dtype=torch.float64)
 # An empty sequence at either end, two in a row in the middle, one of a single row, some that end with a chunk
 PACKED = (0, 0, 3, 3, 3, 4, 8, None, None)
+# Of the delta rule and dplr in chunks: none that is whole, or one and one of a single row; one tile of keys, or more
+CHUNKS_OF_RANK_ONE = {
+    "length": (3, 17),
+    "keys": (8, 20, 40),
+    "values": (1, 19),
+    "dtype": (FLOAT32, FLOAT16, BFLOAT16, BFLOAT16),
+    "per_key": (False, True, True),
+    "log_decay": (True, True, False),
+    "hard": (False, True),
+    "packed": (False, True),
+    "initial_state": (False, True),
+}
 
 
 @pytest.fixture(autouse=True)

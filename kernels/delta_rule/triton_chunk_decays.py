@@ -15,12 +15,9 @@ import triton
 import triton.language as tl
 
 from kernels.delta_rule.triton_chunk_tiles import (
-    added,
     below,
     cells,
-    dot,
     gradients_of_values,
-    high_part,
     load_blocks,
     load_inverse,
     load_pairs,
@@ -31,6 +28,8 @@ from kernels.delta_rule.triton_chunk_tiles import (
     store_blocks,
     store_inverse,
     store_turned,
+    summed,
+    updated,
 )
 from kernels.triton_chunks import (
     LEAST,
@@ -80,24 +79,6 @@ def delta_pairs_by_key(
         if overlaps is not None:
             tl.store(overlaps + index * C * C + cells(C), A, below(C))
         store_inverse(inverses, index, A, load_vector(beta, first, count, h, H, C), C, PRECISE)
-
-
-@triton.jit
-def summed(sums, a, b, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
-    # sums + a @ b, in the registers of the sums: what is left to add, the compiler leaves beside all that comes after
-    if PRECISE == "tf32x3":
-        high, found = high_part(a), high_part(b)
-        sums = dot(high, b - found, sums, BATCHED, "tf32")
-        sums = dot(a - high, found, sums, BATCHED, "tf32")
-        return dot(high, found, sums, BATCHED, "tf32")
-    else:
-        return tl.dot(a, b, sums, input_precision=PRECISE)
-
-
-@triton.jit
-def updated(state, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
-    # state + a @ b; NARROW: of inputs of 16 bits. Sums of products round towards zero, and a state is one of all chunks
-    return summed(state, a, b, PRECISE, BATCHED) if NARROW else added(state, a, b, False, PRECISE, BATCHED)
 
 
 @triton.jit(do_not_specialize=["T"])

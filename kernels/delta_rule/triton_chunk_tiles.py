@@ -58,6 +58,24 @@ def added(sums, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.c
 
 
 @triton.jit
+def summed(sums, a, b, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
+    # sums + a @ b, in the registers of the sums: what is left to add, the compiler leaves beside all that comes after
+    if PRECISE == "tf32x3":
+        high, found = high_part(a), high_part(b)
+        sums = dot(high, b - found, sums, BATCHED, "tf32")
+        sums = dot(a - high, found, sums, BATCHED, "tf32")
+        return dot(high, found, sums, BATCHED, "tf32")
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISE)
+
+
+@triton.jit
+def updated(state, a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
+    # state + a @ b; NARROW: of inputs of 16 bits. Sums of products round towards zero, and a state is one of all chunks
+    return summed(state, a, b, PRECISE, BATCHED) if NARROW else state + product(a, b, False, PRECISE, BATCHED)
+
+
+@triton.jit
 def rows_left(length, c, C: tl.constexpr):
     # of chunk c, in 32 bits: numbers of 64 are two registers
     return tl.minimum(length - c * C, C).to(tl.int32)

@@ -63,11 +63,16 @@ def cannot(problem: Problem) -> list[str]:
 
     The loop over rows then has it to itself, which moves several times as much: see the derivation.
     """
+    # float32 takes two parts in registers
+    return misfits(problem, 64 if scaled(problem) else 128)
+
+
+def misfits(problem: Problem, most: int) -> list[str]:
+    """What about the problem does not fit chunks that have registers for so many keys."""
     sizes, dtype, reasons = problem.sizes, problem.dtypes["q"], []
     if dtype == torch.float64:
         return ["products of tiles are of float32"]
-    # at most twice as many rows as keys, else what cancels loses digits; float32 takes two parts in registers
-    most = 64 if scaled(problem) else 128
+    # at most twice as many rows as keys, else what cancels loses digits
     if not C // 2 <= sizes["K"] <= most:
         reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
     if sizes["K"] > 32 and sizes["V"] % 2:

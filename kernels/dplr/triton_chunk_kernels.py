@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.triton_chunk_decays import decays_turned, summed, updated
+from kernels.delta_rule.triton_chunk_decays import decays_turned
 from kernels.delta_rule.triton_chunk_tiles import (
     below,
     cells,
@@ -35,6 +35,8 @@ from kernels.delta_rule.triton_chunk_tiles import (
     store_blocks,
     store_inverse,
     store_turned,
+    summed,
+    updated,
 )
 from kernels.triton_chunks import (
     chunk_rows,

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from kernels.delta_rule import triton_chunks as delta
-from kernels.delta_rule.triton_chunks import MOST, C, Kernels, comes_first, target_of, tile
+from kernels.delta_rule.triton_chunks import C, Kernels, comes_first, misfits, target_of, tile
 from kernels.dplr.triton_chunk_kernels import dplr_chunk_gradients, dplr_chunks, dplr_chunks_back, dplr_pairs
 from kernels.problem import Problem
 from kernels.triton_launch import Launch
@@ -29,19 +29,8 @@ PAIRS = "inverses", "ak", "qk", "qb"
 
 def cannot(problem: Problem) -> list[str]:
     """Why chunks cannot run the problem, which the loop over rows then has to itself; empty if they can."""
-    sizes, dtype, reasons = problem.sizes, problem.dtypes["q"], []
-    if dtype == torch.float64:
-        return ["products of tiles are of float32"]
-    # at most twice as many rows as keys, else what cancels loses digits; 64 keys of float32 spill on A100
-    most = 32 if dtype.itemsize == 4 else 64
-    if not C // 2 <= sizes["K"] <= most:
-        reasons.append(f"axis K is {sizes['K']}; chunks are for {C // 2} to {most} in {dtype}")
-    if sizes["K"] > 32 and sizes["V"] % 2:
-        # the place of every single value would take registers that many keys need
-        reasons.append(f"axis V is {sizes['V']}; chunks of more than 32 keys are for even numbers")
-    if sizes["H"] * max(sizes["K"], sizes["V"]) >= MOST:
-        reasons.append(f"axes H, K, V are {sizes['H']}, {sizes['K']}, {sizes['V']}; H times K or V is less than {MOST}")
-    return reasons
+    # 64 of float32 spill on A100
+    return misfits(problem, 32 if problem.dtypes["q"].itemsize == 4 else 64)
 
 
 def configs(problem: Problem) -> list[dict[str, int]]:

@@ -27,20 +27,7 @@ def posed(
     return tc.posed(DPLR, direction, sizes, **facts)
 
 
-# None that is whole, or one and one of a single row; one tile of keys, or more
-FACTS = {
-    "target": ("sm_90", "sm_100", "gfx942"),
-    "length": (3, 17),
-    "keys": (8, 20, 40),
-    "values": (1, 19),
-    "dtype": (tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16, tc.BFLOAT16),
-    "per_key": (False, True, True),
-    "log_decay": (True, True, False),
-    "hard": (False, True),
-    "packed": (False, True),
-    "initial_state": (False, True),
-}
-CASES = tc.cases(FACTS, 10)
+CASES = tc.cases({"target": ("sm_90", "sm_100", "gfx942"), **tc.CHUNKS_OF_RANK_ONE}, 10)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

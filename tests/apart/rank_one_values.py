@@ -73,19 +73,7 @@ def test_programs_in_any_order_give_the_same_bits(op: Op, direction: str) -> Non
 
 
 CHUNKS = {"chunk": 16, "values": 16, "keys": 16}
-# Of the delta rule in chunks: none that is whole, or one and one of a single row; one tile of keys, or more
-CHUNK_FACTS = {
-    "length": (3, 17),
-    "keys": (8, 20, 40),
-    "values": (1, 19),
-    "dtype": (tc.FLOAT32, tc.FLOAT16, tc.BFLOAT16, tc.BFLOAT16),
-    "per_key": (False, True, True),
-    "log_decay": (True, True, False),
-    "hard": (False, True),
-    "packed": (False, True),
-    "initial_state": (False, True),
-}
-CHUNK_CASES = tc.cases(CHUNK_FACTS, 8)
+CHUNK_CASES = tc.cases(tc.CHUNKS_OF_RANK_ONE, 8)
 DELTA_RULE = OPS["delta_rule"]
 
 
