@@ -13,7 +13,7 @@ from kernels.attention.cache import align, append, recent
 from kernels.attention.step import can_step, step
 from kernels.problem import state_dtype
 from mixers.heads import of_each_row, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, autocasts
 from mixers.options import positive
 from mixers.parts import kept_frequencies, rotate
 from mixers.projections import project
@@ -98,7 +98,7 @@ class Attention(SequenceMixer):
     ) -> dict[str, Tensor]:
         weight = self.k_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        if autocasts(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         empty = torch.zeros(batch, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)
         return {"keys": empty, "values": empty.clone(), "length": torch.zeros(batch, dtype=torch.int64, device=device)}

@@ -143,11 +143,15 @@ def _check_batch(name: str, shape: torch.Size, batch: int) -> None:
         raise ValueError(f"{name}: axis batch is {shape[0]} in state but {batch} in x and cu_seqlens")
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a type of device; some, such as "meta", have none to ask about."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def activation_dtype(x: Tensor) -> torch.dtype:
     """The dtype that projections of x come out in."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if x.dtype != torch.float64 and autocasts(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

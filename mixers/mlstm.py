@@ -17,7 +17,7 @@ from kernels.packing import Packing
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.heads import GatedNorm, heads_for, of_each_row, previous, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, autocasts
 from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
@@ -128,7 +128,7 @@ class MLSTM(SequenceMixer):
     def _logits(self, x: Tensor) -> Sequence[Tensor]:
         """Of i and f [B, T, H], in float32 or wider under autocast too: they stand in an exponent."""
         wide, projections, kind = state_dtype(x.dtype), (self.i_proj, self.f_proj), x.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        casts = autocasts(kind)
         if x.shape[1] == 1 and x.dtype == wide and not casts:
             return project(x, *projections)
         weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
