@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.attention import attention
 from kernels.attention.cache import align, append, recent
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -62,3 +63,11 @@ def test_align_moves_every_sequence_to_the_end(lengths: tuple[int, ...]) -> None
     (gradient,) = torch.autograd.grad(found.sum(), cache)
     assert gradient[0, 2:6].eq(1).all()
     assert gradient.sum() == (end - start).sum() * 6
+
+
+def test_cached_rows_that_are_not_the_sequences_do_not_count() -> None:
+    k, v = torch.randn(2, 12, 2, 4), torch.randn(2, 12, 2, 4)
+    q, starts, ends = torch.randn(2, 1, 4, 4), torch.tensor([0, 5]), torch.tensor([7, 12])
+    before = attention(q, k, v, starts, ends)
+    k[0, 7:], v[0, 7:], k[1, :5], v[1, :5] = 1e4, 1e4, -1e4, -1e4
+    assert torch.equal(attention(q, k, v, starts, ends), before)

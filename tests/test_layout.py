@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,18 @@ def test_packages_are_typed() -> None:
     for package in (autotune, mixers):
         assert (Path(package.__file__ or "").parent / "py.typed").exists()
     assert (ROOT / "kernels" / "scan" / "py.typed").exists()
+
+
+def test_the_page_of_references_has_every_mixer_and_tests_that_there_are() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "checked_against.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+)[^|]*\| ([^|]*) \| `(\w+\.py)::(\w+)` \|$", page, re.MULTILINE)
+    assert {mixer for mixer, *_ in rows} == set(mixers.names())
+    for _, against, file, test in rows:
+        code = (Path(__file__).parent / file).read_text(encoding="utf-8")
+        body = code.partition(f"def {test}(")[2].partition("\ndef ")[0]
+        assert body, f"{file} has no {test}"
+        quoted = [name for name in re.findall(r"`([\w./]+)`", against) if name != "fla"]
+        assert bool(quoted) != (against.startswith(("**no such code**", "the paper"))), against
+        for name in quoted:
+            # imported by that name, or called by its last one
+            assert name in body or f"F.{name.rpartition('.')[2]}(" in body, f"{test}: {name}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -334,18 +332,3 @@ def test_mingru_is_the_papers_equation() -> None:
         h = (1 - z) * h + z * torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
         rows.append(layer.o_proj(h))
     torch.testing.assert_close(layer(x)[0][0], torch.stack(rows))
-
-
-def test_the_page_of_references_has_every_mixer_and_tests_that_there_are() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "checked_against.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\w+)[^|]*\| ([^|]*) \| `(\w+\.py)::(\w+)` \|$", page, re.MULTILINE)
-    assert {mixer for mixer, *_ in rows} == set(mixers.names())
-    for _, against, file, test in rows:
-        code = (Path(__file__).parent / file).read_text(encoding="utf-8")
-        body = code.partition(f"def {test}(")[2].partition("\ndef ")[0]
-        assert body, f"{file} has no {test}"
-        quoted = [name for name in re.findall(r"`([\w./]+)`", against) if name != "fla"]
-        assert bool(quoted) != (against.startswith(("**no such code**", "the paper"))), against
-        for name in quoted:
-            # imported by that name, or called by its last one
-            assert name in body or f"F.{name.rpartition('.')[2]}(" in body, f"{test}: {name}"
