@@ -107,7 +107,7 @@ def _sum(total: Tensor | None, one: Tensor | None) -> Tensor | None:
 
 
 def differentiable(
-    forward: Callable[..., tuple[Tensor, ...]], outputs: int, *args: Tensor | None, **options: object
+    forward: Callable[..., tuple[Tensor | None, ...]], outputs: int, *args: Tensor | None, **options: object
 ) -> tuple[Tensor | None, ...]:
     """An op's backward pass that can itself be differentiated: autograd's through the loop.
 
@@ -116,12 +116,16 @@ def differentiable(
     gradients, inputs, cu_seqlens = args[:outputs], args[outputs:-1], args[-1]
     with torch.enable_grad():
         # views, so that an input that nothing depends on has a place in the graph too
-        tensors = [t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        differs = [t is not None and t.is_floating_point() for t in inputs]
+        tensors = [
+            t if t is None or not d else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t, d in zip(inputs, differs)
+        ]
         found = forward(*tensors, cu_seqlens, **options)
-        pairs = [(out, g) for out, g in zip(found, gradients) if g is not None]
-        leaves = [t for t in tensors if t is not None]
+        pairs = [(out, g) for out, g in zip(found, gradients) if out is not None and g is not None]
+        leaves = [t for t in tensors if t is not None and t.is_floating_point()]
         some = torch.autograd.grad(
             [out for out, _ in pairs], leaves, [g for _, g in pairs], create_graph=True, allow_unused=True
         )
     queue = list(some)
-    return tuple(None if t is None else queue.pop(0) for t in tensors)
+    return tuple(queue.pop(0) if d else None for d in differs)

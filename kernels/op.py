@@ -18,7 +18,7 @@ from torch import Tensor
 import autotune
 from autotune import program
 from autotune.lock import Locked
-from kernels import registration, unrolled
+from kernels import registration, transforms, unrolled
 from kernels.backend import Backend, Config, from_packages, with_options
 from kernels.declaration import Cost, Declaration
 from kernels.engine import Engine
@@ -70,7 +70,7 @@ class Op(Declaration):
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         """The opaque operator itself: tensors, cu_seqlens, options and the backend's name, all by position."""
         if _watched():
-            return self.forward_overload(*args)
+            return transforms.call(self, args) if transforms.transformed() else self.forward_overload(*args)
         end = len(self.inputs) + 1
         tensors = args[:end]
         try:

@@ -176,6 +176,9 @@ def _autograd(op: Op, functions: Callable[..., type[torch.autograd.Function]]) -
 
     def autograd(*args: Any) -> Any:
         if needs_gradient(args[:count]):
+            if _transform() is not None:
+                what = "torch.func cannot transform it inside a function that torch.compile traces"
+                raise RuntimeError(f"{op.name}: {what}; leave torch.compile out")
             there, rest = _split(op, args)
             return functions(there, rest).apply(partial(run, rest), *args[: _given(there)])
         return run((), *args)

@@ -157,6 +157,23 @@ class Random(Toy):
         return super().mix(x + 1e-6 * torch.randn_like(x), state, cu_seqlens)
 
 
+class Doubles(torch.autograd.Function):
+    """Without `setup_context`, which torch.func asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 2 * dy
+
+
+class UnknownToTransforms(Toy):
+    def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        return super().mix(Doubles.apply(x), state, cu_seqlens)
+
+
 class BreaksTheGraph(Toy):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         return super().mix(x if x.sum() < 1e30 else 2 * x, state, cu_seqlens)
@@ -193,6 +210,7 @@ BROKEN = {
     "gradcheck": WrongGradient,
     "backends_agree": DependsOnTheBackend,
     "same_bits_twice": Random,
+    "transforms": UnknownToTransforms,
     "compiles": BreaksTheGraph,
     "exports": BreaksTheGraph,
     "copies_and_reloads": HidesAWeight,

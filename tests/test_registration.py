@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import mixers
 from kernels.backend import with_options
 from kernels.scan import naive, scan
 
@@ -142,12 +140,6 @@ def test_parameters_are_plain_tensors() -> None:
     torch.testing.assert_close(gradients(given, *scan(*given)), gradients(tensors, *scan(*tensors)), rtol=0, atol=0)
 
 
-def test_mapped_over_inputs() -> None:
-    a, x, state = (t.detach() for t in inputs()[0])
-    found = torch.vmap(lambda a: scan(a, x, state)[0])(torch.stack([a, a / 2]))
-    torch.testing.assert_close(found, torch.stack([scan(a, x, state)[0], scan(a / 2, x, state)[0]]), rtol=0, atol=0)
-
-
 def test_options_become_defaults() -> None:
     def three(a: int, b: int = 2, *, c: int, d: int = 4, e: int) -> list[int]:
         return [a, b, c, d, e]
@@ -163,26 +155,3 @@ def test_options_become_defaults() -> None:
     assert with_options(partial(three, 1), c=3, e=5)() == [1, 2, 3, 4, 5]
     with pytest.raises(TypeError, match="unexpected keyword argument 'f'"):
         with_options(three, c=3, e=5, f=6)(1)
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_a_tangent_is_refused_and_never_lost(enabled: bool) -> None:
-    tensors = [t.detach() for t in inputs()[0]]
-    with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
-        expected = scan(*tensors)[0]
-        dual = forward_ad.make_dual(tensors[1], torch.ones_like(tensors[1]))
-        with pytest.raises(RuntimeError, match="scan: no forward-mode derivative"):
-            scan(tensors[0], dual, *tensors[2:])
-    assert torch.equal(scan(*tensors)[0], expected)
-
-
-def test_a_tangent_of_a_single_token_is_refused() -> None:
-    layer, x = mixers.build("hgrn", 8), torch.zeros(1, 1, 8)
-    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
-        layer(forward_ad.make_dual(x, torch.ones_like(x)))
-
-
-def test_function_transforms_that_need_a_tangent_are_refused() -> None:
-    tensors = [t.detach() for t in inputs()[0]]
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: scan(tensors[0], x)[0], (tensors[1],), (tensors[1],))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.transforms import transformed
+
 
 @dataclass
 class _Room:
@@ -31,7 +33,13 @@ def append(cache: Tensor, rows: Tensor) -> Tensor:
     if cache.shape[1] == 0:
         return rows
     cache = cache.to(rows.dtype)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(cache) is not Tensor or cache.is_meta:
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or transformed()
+        or type(cache) is not Tensor
+        or cache.is_meta
+    ):
         return torch.cat([cache, rows], 1)
     before, length = cache.shape[1], cache.shape[1] + rows.shape[1]
     whole, copied = place(cache, rows.shape[1], length)

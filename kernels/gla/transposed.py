@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gla import OP
+from kernels import matrix_state
+from kernels.gla import OP, naive
 from kernels.matrix_state import with_axis
+from kernels.problem import state_dtype
 from kernels.registration import below, define, needs_gradient, overload
+from kernels.transforms import transformed
 
 NAME = "gla_transposed"
 # q, k, v, log_decay and initial_state have gradients
@@ -57,8 +60,30 @@ def gla_transposed(
     if q.shape != v.shape or q.dtype != v.dtype:
         error = ValueError if q.shape != v.shape else TypeError
         raise error(f"{NAME}: q is {list(q.shape)} {q.dtype} but v is {list(v.shape)} {v.dtype}")
-    y, final_state = _OVERLOAD(q, k, v, with_axis(NAME, log_decay, k), initial_state, cu_seqlens, backend)
+    args = q, k, v, with_axis(NAME, log_decay, k), initial_state, cu_seqlens, backend
+    y, final_state = _by_loop(*args) if transformed() else _OVERLOAD(*args)
     return y, final_state
+
+
+def _by_loop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Operation by operation, for torch.func's transforms."""
+    sizes = OP.problem_of("forward", _given(k, v, log_decay, initial_state, cu_seqlens, backend)).sizes
+    if initial_state is None:
+        initial_state = k.new_zeros([sizes[axis] for axis in "NHKV"], dtype=state_dtype(k.dtype))
+    return matrix_state.forward(_step, (q, k, v, log_decay), initial_state, cu_seqlens, 1.0)
+
+
+def _step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    after, _ = naive.step(S, k, k, v, log_decay, None)
+    return after, torch.einsum("bhkv,bhv->bhk", after, q)
 
 
 def _given(k: Tensor, *rest: Any) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixers import state
-from mixers.checks.case import Case, Make
+from mixers.checks.case import Case, LawBroken, Make
 from mixers.checks.compare import (
     comparable_probe,
     compare_gradients,
@@ -216,6 +216,35 @@ def same_bits_twice(make: Make, case: Case) -> None:
         require(torch.equal(one, two), "two identical calls differ")
 
 
+def transforms(make: Make, case: Case) -> None:
+    """torch.func knows the mixer: gradients of each example, mapped over the batch, and a derivative along a direction
+    are autograd's."""
+    mixer, x, direction = case.mixer(make), case.x()[:, :16], case.normal(case.batch, case.length, case.dim, salt=1)
+    direction = direction[:, :16]
+    weights = case.normal(*x.shape[1:], salt=2)
+    parameters = {name: p.detach() for name, p in mixer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (torch.func.functional_call(mixer, parameters, (x[None],))[0] * weights).sum()
+
+    try:
+        gradients, dx = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, 0))(parameters, x)
+        y, along = torch.func.jvp(lambda x: mixer(x)[0], (x,), (direction,))[:2]
+    except RuntimeError as error:
+        raise LawBroken(f"torch.func cannot transform it: {error}") from error
+    equal("y under torch.func.jvp", y, mixer(x)[0])
+    dalong = torch.zeros_like(along[:, 0, 0])
+    for n, example in enumerate(x):
+        leaves = {name: p.requires_grad_() for name, p in copy.deepcopy(parameters).items()}
+        example = example.clone().requires_grad_()
+        tensors = (*leaves.values(), example)
+        found = torch.autograd.grad(loss(leaves, example), tensors, allow_unused=True, materialize_grads=True)
+        for name, one, two in zip((*leaves, "x"), (*[g[n] for g in gradients.values()], dx[n]), found):
+            equal(f"gradient of {name} for each example", one, two, 1e-8)
+        dalong[n] = (found[-1] * direction[n]).sum()
+    equal("the derivative along a direction", (along * weights).sum((1, 2)), dalong, 1e-8)
+
+
 def compiles(make: Make, case: Case) -> None:
     """torch.compile(fullgraph=True, dynamic=True) gives the same outputs, states and gradients at several lengths."""
     mixer = case.mixer(make)
@@ -298,6 +327,7 @@ LAWS: dict[str, Callable[[Make, Case], None]] = {
         gradcheck,
         backends_agree,
         same_bits_twice,
+        transforms,
         compiles,
         exports,
         copies_and_reloads,
