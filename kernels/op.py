@@ -174,12 +174,16 @@ class Op(Declaration):
         offered = [(backend.name, config) for backend, config in candidates]
         return autotune.choose(key, offered, self.source, self.compiled_source)
 
-    def _named(self, problem: Problem, backend: Backend) -> Plan:
-        """The backend with its best config. Others are not even asked: that may compile them."""
+    def require(self, backend: Backend, problem: Problem) -> None:
+        """Raises RuntimeError, with the reasons, where a backend cannot run the problem."""
         reasons = backend.cannot(problem)
         if reasons:
             why = "; ".join(reasons)
             raise RuntimeError(f"{self.name}: backend {backend.name!r} cannot run this problem: {why} ({problem})")
+
+    def _named(self, problem: Problem, backend: Backend) -> Plan:
+        """The backend with its best config. Others are not even asked: that may compile them."""
+        self.require(backend, problem)
         configs = backend.configs(problem)
         choice = self._measured(self.key(problem), [(backend, config) for config in configs])
         return Plan(backend, choice.config, choice.origin) if choice else Plan(backend, configs[0], "named")

@@ -34,26 +34,32 @@ def transformed() -> bool:
     return not _is_compiling() and (_transform() is not None or forward_ad._current_level >= 0)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Can its numbers be looked at here: is it neither fake nor a transformed function's?"""
+    return type(tensor) is Tensor and not tensor.is_meta and not transformed()
+
+
 def call(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
     """The op's outputs, from its tensors, cu_seqlens, options and the backend's name."""
     end = len(op.inputs) + 1
     op.check_types(args)
     kinds = [interpreter.key() for interpreter in _transforms() or ()]
     if forward_ad._current_level >= 0 or _Kind.Jvp in kinds or kinds.count(_Kind.Grad) > 1:
-        return _defined(op, args[:end], args[end:])
+        return by_loop(op, args)
     return _function(op, tuple(args[end:])).apply(*args[:end])
 
 
-def _defined(op: Op, tensors: Sequence[Tensor | None], rest: Sequence[Any]) -> tuple[Tensor, ...]:
-    """By the loop, operation by operation."""
-    *options, backend = rest
-    if backend not in ("auto", op.backends[0].name):
+def by_loop(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The op's outputs, operation by operation."""
+    *given, backend = args
+    loop, end = op.backends[0], len(op.inputs) + 1
+    if backend not in ("auto", loop.name):
         what = "no forward-mode derivative and no derivative of a derivative in one transform"
-        raise RuntimeError(f"{op.name}: backend {backend!r} has {what}; 'auto' and {op.backends[0].name!r} have")
-    problem = op.problem_of("forward", (*tensors, *rest))
-    loop = op.choose(problem, op.backends[0].name).backend.function("forward")
+        raise RuntimeError(f"{op.name}: backend {backend!r} has {what}; 'auto' and {loop.name!r} have")
+    problem = op.problem_of("forward", args)
+    op.require(loop, problem)
     with torch.autocast(problem.device.type, enabled=False):
-        return tuple(loop(*tensors, **dict(zip(op.options, options))))
+        return tuple(loop.function("forward")(*given[:end], **dict(zip(op.options, given[end:]))))
 
 
 @lru_cache(MAX_FUNCTIONS)

@@ -126,7 +126,7 @@ class HGRN(LowerBounded, SequenceMixer):
     def _alone(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any] | None:
         """A token of a sequence or few in one native call; None where modules and ops are to be asked, or to refuse."""
         plain = type(self) is HGRN and self.causal and not (self.recompute or self.short_conv)
-        if not plain or x.shape[0] > ROWS or not alone(x, cu_seqlens, self.backend, SOURCE):
+        if not plain or not alone(x, cu_seqlens, self.backend, SOURCE) or x.shape[0] > ROWS:
             return None
         maps, norm = plain_maps(self, "i_proj", "f_proj", "g_proj", "o_proj"), self.norm
         if maps is None or type(norm) is not GatedNorm or not untouched(norm, GatedNorm) or norm.activation != "silu":

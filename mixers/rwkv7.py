@@ -150,7 +150,7 @@ class RWKV7(SequenceMixer):
 
     def _alone(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any] | None:
         """A token of a sequence or few in one native call; None where modules and ops are to be asked, or to refuse."""
-        if type(self) is not RWKV7 or x.shape[0] > ROWS or not alone(x, cu_seqlens, self.backend, SOURCE):
+        if type(self) is not RWKV7 or not alone(x, cu_seqlens, self.backend, SOURCE) or x.shape[0] > ROWS:
             return None
         firsts, seconds = ("r_proj", "w_down", "k_proj", "v_proj", "a_down", "g_down"), ("w_up", "a_up", "g_up")
         maps, norm = plain_maps(self, *firsts, *seconds, "o_proj"), self.norm

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.transforms import transformed
+from kernels.transforms import has_values
 
 
 @dataclass
@@ -33,13 +33,7 @@ def append(cache: Tensor, rows: Tensor) -> Tensor:
     if cache.shape[1] == 0:
         return rows
     cache = cache.to(rows.dtype)
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or transformed()
-        or type(cache) is not Tensor
-        or cache.is_meta
-    ):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not has_values(cache):
         return torch.cat([cache, rows], 1)
     before, length = cache.shape[1], cache.shape[1] + rows.shape[1]
     whole, copied = place(cache, rows.shape[1], length)

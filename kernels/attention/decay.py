@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.transforms import has_values
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -28,7 +30,7 @@ class Sums:
         zero = log_decay.isneginf()
         wide = log_decay if log_decay.device.type == "mps" else log_decay.double()
         sums = wide.masked_fill(zero, 0).cumsum(1)
-        if log_decay.device.type == "cpu" and not zero.any():
+        if log_decay.device.type == "cpu" and has_values(log_decay) and not zero.any():
             return Sums(sums, None)
         rows = torch.arange(log_decay.shape[1], device=log_decay.device)[:, None]
         return Sums(sums, torch.where(zero, rows, 0).cummax(1).values)

@@ -104,7 +104,9 @@ def backward(
 def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
     """The queries, as many at a time as have MAX_SCORES scores."""
     (B, T, H), S = q.shape[:3], k.shape[1]
-    step = max(1, MAX_SCORES // (B * H * S))
+    scores = B * H * S
+    # of any batch, in an exported program, all at once
+    step = max(1, MAX_SCORES // scores) if isinstance(scores, int) else T
     return (slice(t, min(t + step, T)) for t in range(0, T, step))
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.transforms import has_values
+
 
 @dataclass(frozen=True)
 class Sight:
@@ -102,5 +104,5 @@ def bounds_of(starts: Tensor | None, ends: Tensor | None, sequences: int, rows: 
 def check(starts: Tensor | None, ends: Tensor | None, rows: int) -> None:
     """Raises ValueError where `bounds_of` would. Looks at values on the CPU only."""
     index = ends if starts is None else starts
-    if index is not None and index.device.type == "cpu":
+    if index is not None and index.device.type == "cpu" and has_values(index):
         bounds_of(starts, ends, index.shape[0], rows)

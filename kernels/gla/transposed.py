@@ -61,11 +61,11 @@ def gla_transposed(
         error = ValueError if q.shape != v.shape else TypeError
         raise error(f"{NAME}: q is {list(q.shape)} {q.dtype} but v is {list(v.shape)} {v.dtype}")
     args = q, k, v, with_axis(NAME, log_decay, k), initial_state, cu_seqlens, backend
-    y, final_state = _by_loop(*args) if transformed() else _OVERLOAD(*args)
+    y, final_state = by_loop(*args) if transformed() else OVERLOAD(*args)
     return y, final_state
 
 
-def _by_loop(
+def by_loop(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,7 +133,7 @@ class _Transposed(torch.autograd.Function):
 
 def _below(*args: Any) -> tuple[Tensor, Tensor]:
     with below():
-        y, final_state = _OVERLOAD(*args)
+        y, final_state = OVERLOAD(*args)
     return y, final_state
 
 
@@ -150,4 +150,4 @@ define(
     " -> (Tensor, Tensor)",
     kernel=_run, fake=_fake, autograd=_autograd, count=_flops,
 )  # fmt: skip
-_OVERLOAD = overload(NAME)
+OVERLOAD = overload(NAME)
