@@ -74,6 +74,8 @@ struct Tiling {
     Strides contiguous() const { return {sequences.rows * sequences.columns, sequences.columns}; }
     // Short rows would mostly be parts of lines.
     bool around_cache() const { return sequences.around_cache && width * sizeof(S) >= 1024; }
+    // Whether a tile's rows are parts of the tensor's.
+    bool cuts_rows() const { return width < sequences.columns; }
 };
 
 // The rows of one tensor in a tile, in the order of a walk.
@@ -98,7 +100,7 @@ struct Rows {
         constexpr int64_t distance = 2048 / sizeof(T);
         ahead = (distance + t.columns - 1) / t.columns * step;
     }
-    INLINE void next() { row += step; }
+    INLINE void next(int64_t rows = 1) { row += rows * step; }
     INLINE void prefetch(int64_t c) const { __builtin_prefetch(row + ahead + c); }
 };
 
@@ -124,11 +126,12 @@ struct Output {
         return reinterpret_cast<uintptr_t>(rows.row) % kCacheLine == 0 && rows.step * sizeof(T) % kCacheLine == 0;
     }
     INLINE void prefetch(int64_t c) const { __builtin_prefetch(ahead + c, 1); }
-    INLINE void next(int64_t n) {
+    // count: more than one only where rows do not go around the cache.
+    INLINE void next(int64_t n, int64_t count = 1) {
         if (!needed) return;
         if (around_cache) copy_around_cache(rows.row, buffer, n * sizeof(T));
-        else row += rows.step, ahead += rows.step;
-        rows.next();
+        else row += count * rows.step, ahead += count * rows.step;
+        rows.next(count);
     }
 };
 

@@ -71,6 +71,32 @@ def test_bits_depend_neither_on_threads_nor_on_config(
             assert torch.equal(got, wanted), (threads, config)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("a_dtype", "dtype"), FORMATS)
+def test_bits_are_the_same_in_the_cache(
+    a_dtype: torch.dtype, dtype: torch.dtype, pairs: bool, reverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups that overlap, sequences of no row, of one, and of some more than a group walks down at once."""
+    torch.manual_seed(0)
+    bounds = None if pairs else torch.tensor([0, 0, 70, 71, 103], dtype=torch.int32)
+    tail = (150, 2) if pairs else (300,)
+    states = (1 if bounds is None else 4, *tail)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    a, x, dh = (torch.rand(1, 103, *tail).sub_(0.2).to(each) for each in (a_dtype, dtype, dtype))
+    inputs = {"a": a, "x": x, "s": torch.rand(states, dtype=state), "dh": dh, "df": torch.rand(states, dtype=state)}
+    config = {"block": 160, "around_cache_mib": 1 << 20}
+    cached = run(inputs, reverse, bounds, config)
+    for needs in ((True, False, True), (False, True, False)):
+        grads = native.backward(
+            dh, inputs["df"], a, cached[0], inputs["s"], bounds, reverse=reverse, needs=needs, config=config
+        )
+        assert all(torch.equal(got, wanted) for got, wanted in zip(grads, cached[2:]) if got is not None)
+    monkeypatch.setattr(native, "CACHED_BYTES", -1)
+    for got, wanted in zip(cached, run(inputs, reverse, bounds, config)):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("columns", [1, 7, 70])

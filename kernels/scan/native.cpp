@@ -6,7 +6,7 @@ namespace {
 
 struct Forward {
     Sequences sequences;
-    int64_t format, pairs;
+    int64_t format, pairs, in_cache;
     const void *a, *x;  // [B, T, columns]
     Strides a_strides, x_strides;
     const void* initial_state;  // [N, columns], or null: zeros
@@ -15,20 +15,32 @@ struct Forward {
 
 struct Backward {
     Sequences sequences;
-    int64_t format, pairs;
+    int64_t format, pairs, in_cache;
     const void *a, *h, *dh;  // dh may be null: zeros
     Strides a_strides, h_strides, dh_strides;
     const void *initial_state, *dfinal_state;
     void *da, *dx, *dinitial_state;  // null where not needed
 };
 
-static_assert(sizeof(Forward) == 21 * 8 && sizeof(Backward) == 26 * 8, "native.py packs this many fields");
+static_assert(sizeof(Forward) == 22 * 8 && sizeof(Backward) == 27 * 8, "native.py packs this many fields");
 
 // a * s + x, or conj(a) * s + x.
 template <bool PAIRS, bool CONJ = false, class V>
 INLINE V multiply_add(V a, V s, V x) {
     if constexpr (PAIRS) return complex_multiply_add<CONJ>(a, s, x);
     else return a * s + x;
+}
+
+// Parts of rows that are in the cache are walked through in groups of vectors, each many rows down while its state stays
+// in registers: row by row, the hardware fetches what lies between the parts, which is another thread's. From memory,
+// rows arrive faster one by one.
+template <class S>
+constexpr int kGroup = 4 * kCacheLine / sizeof(S);
+constexpr int64_t kRowsOfGroup = 32;
+
+template <class S, int W>
+INLINE int64_t rows_together(int64_t left) {
+    return kGrouped<S, W> ? std::min(left, kRowsOfGroup) : 1;
 }
 
 template <class S>
@@ -45,12 +57,25 @@ void walk(const Forward& p, const Tiling<S>& tiling, const Tile& t, const S* sta
     Output<T> h(p.h, tiling.contiguous(), t, backwards, tiling.around_cache());
     Slots<S> state;
     state.template read<W>(start, n);
-    for (int64_t r = 0; r < t.rows; ++r, a.next(), x.next(), h.next(n)) {
+
+    constexpr int P = kPartLanes<S, W>, K = W / P;
+    const int64_t a_step = a.step, x_step = x.step, h_step = h.rows.step;
+    for (int64_t r = 0, rows; r < t.rows; r += rows, a.next(rows), x.next(rows), h.next(n, rows)) {
+        rows = rows_together<S, W>(t.rows - r);
         for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
-            a.prefetch(c), x.prefetch(c), h.prefetch(c);
-            auto s = multiply_add<PAIRS>(load<W>(a.row + c), load<W>(state.at + slot), load<W>(x.row + c));
-            store(state.at + slot, s);
-            store(h.row + c, s);
+            if constexpr (!kGrouped<S, W>) a.prefetch(c), x.prefetch(c), h.prefetch(c);
+            Vec<S, P> s[K];
+            UNROLL for (int k = 0; k < K; ++k) s[k] = load<P>(state.at + slot + k * P);
+            const A* a_row = a.row + c;
+            const T* x_row = x.row + c;
+            T* h_row = h.row + c;
+            for (int64_t i = 0; i < rows; ++i, a_row += a_step, x_row += x_step, h_row += h_step) {
+                UNROLL for (int k = 0; k < K; ++k) {
+                    s[k] = multiply_add<PAIRS>(load<P>(a_row + k * P), s[k], load<P>(x_row + k * P));
+                    store(h_row + k * P, s[k]);
+                }
+            }
+            UNROLL for (int k = 0; k < K; ++k) store(state.at + slot + k * P, s[k]);
         });
     }
     if (end) state.template write<W>(end, n);
@@ -68,24 +93,50 @@ void walk(const Backward& p, const Tiling<S>& tiling, const Tile& t, const S* st
     Slots<S> carry;
     carry.template read<W>(start, n);
 
-    auto row = [&](auto* h_before) INLINE_BODY {
-        for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
-            a.prefetch(c), before.prefetch(c), dh.prefetch(c), da.prefetch(c), dx.prefetch(c);
-            constexpr Vec<S, W> zero = {};
-            auto g = load<W>(dh.row + c) + load<W>(carry.at + slot);
-            store(carry.at + slot, multiply_add<PAIRS, true>(load<W>(a.row + c), g, zero));
-            store(da.row + c, multiply_add<PAIRS, true>(load<W>(h_before + c), g, zero));
-            store(dx.row + c, g);
-        });
-        da.next(n);
-        dx.next(n);
+    constexpr int P = kPartLanes<S, W>, K = W / P;
+    auto step = [](const A* a, const T* dh, const auto* h_before, A* da, T* dx, Vec<S, P> carry) INLINE_BODY {
+        constexpr Vec<S, P> zero = {};
+        auto g = load<P>(dh) + carry;
+        store(da, multiply_add<PAIRS, true>(load<P>(h_before), g, zero));
+        store(dx, g);
+        return multiply_add<PAIRS, true>(load<P>(a), g, zero);
     };
-    for (int64_t r = t.continues ? 0 : 1; r < t.rows; ++r, a.next(), dh.next()) {
-        before.next();
-        row(before.row);
+    const int64_t a_step = a.step, dh_step = dh.step, h_step = before.step, da_step = da.rows.step,
+                  dx_step = dx.rows.step;
+    before.next();
+    for (int64_t r = t.continues ? 0 : 1, rows; r < t.rows; r += rows) {
+        rows = rows_together<S, W>(t.rows - r);
+        for_vectors<W>(n, backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
+            if constexpr (!kGrouped<S, W>)
+                a.prefetch(c), before.prefetch(c), dh.prefetch(c), da.prefetch(c), dx.prefetch(c);
+            Vec<S, P> s[K];
+            UNROLL for (int k = 0; k < K; ++k) s[k] = load<P>(carry.at + slot + k * P);
+            const A* a_row = a.row + c;
+            const T *dh_row = dh.row + c, *h_row = before.row + c;
+            A* da_row = da.row + c;
+            T* dx_row = dx.row + c;
+            for (int64_t i = 0; i < rows; ++i) {
+                UNROLL for (int k = 0; k < K; ++k) {
+                    const int at = k * P;
+                    s[k] = step(a_row + at, dh_row + at, h_row + at, da_row + at, dx_row + at, s[k]);
+                }
+                a_row += a_step, dh_row += dh_step, h_row += h_step, da_row += da_step, dx_row += dx_step;
+            }
+            UNROLL for (int k = 0; k < K; ++k) store(carry.at + slot + k * P, s[k]);
+        });
+        a.next(rows), dh.next(rows), before.next(rows), da.next(n, rows), dx.next(n, rows);
     }
-    const S* initial_state = part_of_state<S>(p.initial_state, t, p.sequences);
-    if (t.rows > 0 && !t.continues) row(initial_state ? initial_state : reinterpret_cast<const S*>(zeros));
+    if (t.rows > 0 && !t.continues) {
+        const S* initial_state = part_of_state<S>(p.initial_state, t, p.sequences);
+        if (initial_state == nullptr) initial_state = reinterpret_cast<const S*>(zeros);
+        for_vectors<W>(n, backwards, [&](int64_t first, int64_t slot) {
+            for (int64_t c = first; c < first + W; c += P, slot += P) {
+                auto s = load<P>(carry.at + slot);
+                store(carry.at + slot, step(a.row + c, dh.row + c, initial_state + c, da.row + c, dx.row + c, s));
+            }
+        });
+        da.next(n), dx.next(n);
+    }
     if (end) carry.template write<W>(end, n);
 }
 
@@ -140,13 +191,16 @@ void run(const Problem& p) {
     with_format(p, [&]<class A, class T, bool PAIRS>() {
         using S = StateOf<T>;
         const Tiling<S> tiling(p.sequences);
+        const bool in_groups = p.in_cache && tiling.cuts_rows() && !tiling.around_cache();
         const void *x, *first;
         void* last;
         Strides x_strides;
         if constexpr (backward) x = p.dh, x_strides = p.dh_strides, first = p.dfinal_state, last = p.dinitial_state;
         else x = p.x, x_strides = p.x_strides, first = p.initial_state, last = p.final_state;
         auto walk_through = [&](const Tile& t, const S* start, S* end) {
-            with_width<S, PAIRS>(t.columns, [&]<int W>() { walk<A, T, PAIRS, W>(p, tiling, t, start, end); });
+            auto with = [&]<int W>() { walk<A, T, PAIRS, W>(p, tiling, t, start, end); };
+            if (in_groups && t.columns >= kGroup<S>) with.template operator()<kGroup<S>>();
+            else with_width<S, PAIRS>(t.columns, with);
         };
         auto summary = [&](const Tile& t, S* product, S* end) {
             constexpr int full = kVectorBytes / sizeof(S), least = PAIRS ? 2 : 1;

@@ -20,6 +20,8 @@ from kernels.problem import Problem, state_dtype
 SOURCE = Path(__file__).with_suffix(".cpp")
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
+# A call that reads and writes so much, or less, is taken to find it in the cache
+CACHED_BYTES = 20 << 20
 # Time may be split where sequences have so many rows and threads at most so many columns each
 LONG_ROWS = 4096
 COLUMNS_FOR_A_THREAD = 16
@@ -111,7 +113,7 @@ def backward(
     dx = pool.empty_like(h) if needs[1] else None
     dinitial_state = torch.empty_like(initial_state) if needs[2] and initial_state is not None else None
     chunks = chunk_states(h, cu_seqlens, config)
-    _function("scan_backward", 26)(
+    _function("scan_backward", 27)(
         *_sequences(a, h, cu_seqlens, reverse, config, 2, chunks),
         a.data_ptr(),
         h.data_ptr(),
@@ -140,7 +142,7 @@ def _forward(
 ) -> None:
     a, x, initial_state, cu_seqlens = side_by_side(a), side_by_side(x), contiguous(initial_state), bounds(cu_seqlens)
     chunks = chunk_states(x, cu_seqlens, config)
-    _function("scan_forward", 21)(
+    _function("scan_forward", 22)(
         *_sequences(a, x, cu_seqlens, reverse, config, 1, chunks),
         a.data_ptr(),
         x.data_ptr(),
@@ -174,7 +176,7 @@ def _sequences(
     outputs: int,
     chunks: Tensor | None,
 ) -> tuple[int, ...]:
-    """The fields of Sequences, then format and pairs. outputs: how many tensors like x are written."""
+    """The fields of Sequences, then format, pairs and in_cache. outputs: how many tensors like x are written."""
     shape = x.shape
     pairs = len(shape) == 4
     columns = shape[2] * 2 if pairs else shape[2]
@@ -192,4 +194,6 @@ def _sequences(
         address(chunks),
         FORMATS[a.dtype, x.dtype],
         pairs,
+        # forward two inputs and an output, backward three and two
+        (2 * outputs + 1) * x.nbytes <= CACHED_BYTES,
     )
