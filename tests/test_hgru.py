@@ -72,6 +72,18 @@ def test_sixteen_bits_far_out(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-7 * max(1.0, size))
 
 
+def test_both_gates_of_every_bfloat16() -> None:
+    """From a state of zeros what is left is sigmoid(-f) silu(i): each right relative to its own size."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    x = x[x.abs() <= 80].view(1, 1, -1)
+    exact, still = x.double(), torch.zeros_like(x)
+    # x log2(e) may be rounded
+    allowed = 1e-6 * (1 + exact.abs() / 4)
+    for i, f, right in ((x, still, exact.sigmoid() * exact / 2), (still + 64, x, (-exact).sigmoid() * 64)):
+        _, found = hgru(i, f, backend="native")
+        assert ((found - right[0]).abs() <= allowed[0] * right[0].abs() + 1e-37).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_keep_every_nan(dtype: torch.dtype) -> None:
     """Also one all of whose bits are set, which rounding like a number would make a zero."""

@@ -19,22 +19,6 @@ INLINE void for_two_vectors(int64_t n, bool backwards, const F& f) {
     if (count > 0) f(place(slot));
 }
 
-// for_vectors, some of them at a time: first(place, k) for each of these, then then(place, k); k < AHEAD.
-template <int W, int AHEAD, class F, class G>
-INLINE void for_vectors_ahead(int64_t n, bool backwards, const F& first, const G& then) {
-    const int64_t count = (n + W - 1) / W, step = backwards ? -W : W;
-    const int64_t start = backwards ? (count - 1) * W : 0;
-    for (int64_t done = 0; done < count; done += AHEAD) {
-        const int64_t some = std::min<int64_t>(AHEAD, count - done);
-        auto each = [&](const auto& f) INLINE_BODY {
-            int64_t slot = start + done * step;
-            for (int64_t k = 0; k < some; ++k, slot += step) f(Place{std::min(slot, n - W), slot}, k);
-        };
-        each(first);
-        each(then);
-    }
-}
-
 // A row of sequences of 16 bits, whose channels are numbers.
 template <int W, class T>
 INLINE void row_of_silu(int64_t n, bool backwards, const Rows<T>& i, const Rows<T>& f, const Output<T>& h,
@@ -51,21 +35,11 @@ INLINE void row_of_silu(int64_t n, bool backwards, const Rows<T>& i, const Rows<
         write_numbers<false>(h.row + at.column, v);
     };
     if constexpr (kVectorRegisters < 32) {
-        // Exponentials first: with so few registers a processor has too few instructions under way to begin with the
-        // next ones while the results wait for these.
-        constexpr int ahead = 8;
-        alignas(kCacheLine) float e[ahead * W], rest[ahead * W];
-        for_vectors_ahead<W, ahead>(
-            n, backwards,
-            [&](Place at, int64_t k) INLINE_BODY {
-                fetch(at);
-                auto o = opened<W>(input(at), gate(at));
-                store(e + k * W, o.e), store(rest + k * W, o.rest);
-            },
-            [&](Place at, int64_t k) INLINE_BODY {
-                const Opened<W> o{load<W>(e + k * W), load<W>(rest + k * W)};
-                keep(at, step_to_silu<W>(before(at), input(at), o, upper(at)));
-            });
+        for_vectors<W>(n, backwards, [&](int64_t column, int64_t slot) INLINE_BODY {
+            const Place at{column, slot};
+            fetch(at);
+            keep(at, step_by_quotients<W>(before(at), input(at), gate(at), upper(at)));
+        });
     } else {
         for_two_vectors<W>(n, backwards, [&](auto... at) INLINE_BODY {
             constexpr int all = sizeof...(at) * W;
