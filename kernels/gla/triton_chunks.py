@@ -209,7 +209,10 @@ class Chunks:
         aligned = V % 16 == 0
         if self.wide(kernel):
             most = WIDE[kernel]
-            if kernel is gla_states and aligned and directions * -(-K // 64) * -(-V // 128) >= 4:
+            if kernel is gla_states and aligned and not self.nvidia and min(K, V) > 128:
+                # threads of AMD GPUs have twice the registers, and a head still has four programs
+                most = (128, 128)
+            elif kernel is gla_states and aligned and directions * -(-K // 64) * -(-V // 128) >= 4:
                 most = (64, 128)
             elif kernel is gla_states and self.decays < 2:
                 # beside one decay for all keys or none there are only k and v to read
