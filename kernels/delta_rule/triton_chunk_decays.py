@@ -102,7 +102,8 @@ def delta_chunks_by_key(
             keys = b * BK + tl.arange(0, BK)
             prefix = decays_over(before, load_logs(log_decay, first, count, h, H, K, keys, C), PRECISE)
             key = load_tile(k, first, count, h, H, K, keys, C) * prefix
-            seen = summed(seen, state[b], tl.trans(key), PRECISE, BATCHED)
+            # these sums have room in B200's tensor memory, whatever the others are
+            seen = summed(seen, state[b], tl.trans(key), PRECISE, False)
             if y is not None:
                 query = load_tile(q, first, count, h, H, K, keys, C) * prefix
                 out = summed(out, state[b], tl.trans(query), PRECISE, BATCHED)
@@ -143,13 +144,20 @@ def delta_chunks_back_by_key(
         store_blocks(leaving, index, K, V, values, dstate, BK, BLOCKS)
         before = tl.where(count > 0, reach(True, False, C), 0.0)
         after = tl.where(count > 0, reach(False, False, C), 0.0)
-        du = tl.zeros([BV, C], tl.float32)
+        du, kept = tl.zeros([BV, C], tl.float32), ()
+        if BATCHED:
+            out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
         for b in tl.static_range(BLOCKS):
             keys = b * BK + tl.arange(0, BK)
-            suffix = decays_over(after, load_logs(log_decay, first, count, h, H, K, keys, C), PRECISE)
-            key = load_tile(k, first, count, h, H, K, keys, C) * suffix
-            du = summed(du, dstate[b], tl.trans(key), PRECISE, BATCHED)
-        out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
+            logs = load_logs(log_decay, first, count, h, H, K, keys, C)
+            key = load_tile(k, first, count, h, H, K, keys, C) * decays_over(after, logs, PRECISE)
+            du = summed(du, dstate[b], tl.trans(key), PRECISE, False)
+            if BATCHED:
+                # what queries add waits in B200's tensor memory, and no query beside the keys
+                query = load_tile(q, first, count, h, H, K, keys, C) * decays_over(before, logs, PRECISE)
+                kept += (updated(tl.exp(tl.sum(logs, 0))[None, :] * dstate[b], out, query, NARROW, PRECISE, False),)
+        if not BATCHED:
+            out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
         du += product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, BATCHED)
         du *= load_vector(beta, first, count, h, H, C)[None, :]
         dvalue = product(du, load_inverse(inverses, index, C), False, PRECISE, BATCHED)
@@ -160,10 +168,13 @@ def delta_chunks_back_by_key(
             keys = b * BK + tl.arange(0, BK)
             logs = load_logs(log_decay, first, count, h, H, K, keys, C)
             prefix = decays_over(before, logs, PRECISE)
-            query = load_tile(q, first, count, h, H, K, keys, C) * prefix
-            kept = updated(tl.exp(tl.sum(logs, 0))[None, :] * dstate[b], out, query, NARROW, PRECISE, BATCHED)
+            if BATCHED:
+                left = kept[b]
+            else:
+                query = load_tile(q, first, count, h, H, K, keys, C) * prefix
+                left = updated(tl.exp(tl.sum(logs, 0))[None, :] * dstate[b], out, query, NARROW, PRECISE, False)
             key = load_tile(k, first, count, h, H, K, keys, C) * prefix
-            entered += (updated(kept, -dvalue, key, NARROW, PRECISE, BATCHED),)
+            entered += (updated(left, -dvalue, key, NARROW, PRECISE, BATCHED),)
         dstate = entered
     if dinitial is not None:
         store_blocks(dinitial, n * H + h, K, V, values, dstate, BK, BLOCKS)

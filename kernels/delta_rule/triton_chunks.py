@@ -64,7 +64,13 @@ def cannot(problem: Problem) -> list[str]:
     The loop over rows then has it to itself, which moves several times as much: see the derivation.
     """
     # float32 takes two parts in registers
-    return misfits(problem, 64 if scaled(problem) else 128)
+    reasons = misfits(problem, 64 if problem.dtypes["q"].itemsize == 4 else 128)
+    K, V = problem.sizes["K"], problem.sizes["V"]
+    if by_key(problem) and K > 64 and (K % 32 or V % HALF):
+        # masks and places that are not aligned spill 8 to 16 bytes on A100 and B200
+        whole = f"chunks of more than 64 keys with a decay each are for multiples of 32 and {HALF}"
+        reasons.append(f"axes K, V are {K}, {V}; {whole}")
+    return reasons
 
 
 def misfits(problem: Problem, most: int) -> list[str]:
@@ -88,12 +94,14 @@ def configs(problem: Problem) -> list[dict[str, int]]:
 
     chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them; its keys are
     in tiles of `keys`. Of up to 64 keys forward 64 values where there are no more; fewer would need more registers for
-    the keys, and so would 64 in the walk against time.
+    the keys, and so would 64 in the walk against time. Of more keys with a decay each, what fills all programs.
     """
     if cannot(problem):
         return []
     K, V = problem.sizes["K"], problem.sizes["V"]
-    if by_key(problem) or (scaled(problem) and K > 32):
+    if by_key(problem) and K > 64:
+        chosen = [64] if V % 128 else [128]
+    elif by_key(problem) or (scaled(problem) and K > 32):
         chosen = [64]
     elif K > 64:
         chosen = [128, 64]
@@ -166,7 +174,9 @@ class Chunks:
         self.blocks = -(-self.keys // self.BK)
         # B200 has no room for 128 values and the places of rows that are not aligned, or masks of keys
         self.tiles_on_b200 = target == "sm_100" and self.blocks > 1
-        if self.tiles_on_b200 and (self.values % 16 or self.keys % self.BK):
+        # with a decay for each of more than 64 keys its states are in registers, of 64 values too
+        self.many_scaled = self.tiles_on_b200 and self.by_key and self.blocks > 2
+        if self.tiles_on_b200 and not self.many_scaled and (self.values % 16 or self.keys % self.BK):
             self.BV = min(self.BV, HALF)
         # a program that fills the tensor memory is alone on its multiprocessor
         self.warps = 8 if self.tiles_on_b200 else self.BV // 16
@@ -184,7 +194,7 @@ class Chunks:
             "BLOCKS": self.blocks,
             "BV": self.BV,
             "PRECISE": precise,
-            "BATCHED": self.tiles_on_b200 and self.BV > HALF,
+            "BATCHED": self.tiles_on_b200 and (self.BV > HALF or self.many_scaled),
         }
         if not self.by_key:
             # numbers of 16 bits are numbers of tf32
@@ -228,7 +238,10 @@ class Chunks:
         errors, dvalues = (torch.empty_like(self.v, dtype=torch.float32) for _ in range(2))
         given = {**self._given("q", "k", "beta", "log_decay"), **self.sizes}
         given |= {"dy": dy, "reads": reads, "leaving": leaving, "dvalues": dvalues}
-        back = {"dfinal": dfinal, "inverses": inverses, "dinitial": found["initial"]}
+        back: dict[str, Any] = {**given, "dfinal": dfinal, "inverses": inverses, "dinitial": found["initial"]}
+        if self.many_scaled:
+            # B200's tensor memory has room for what queries add to so many, whose keys come in smaller tiles
+            back |= {"BV": HALF, "BK": 16, "BLOCKS": -(-self.keys // 16)}
         own = {"overlaps": overlaps, "entering": entering, "errors": errors, "N": self.sequences}
         own |= {f"d{name}": found[name] for name in self.rows}
         # all keys and values of a chunk, so many at a time; its products have as many rows as there are keys
@@ -239,14 +252,13 @@ class Chunks:
         return [
             self._products(inverses, reads, overlaps),
             self._walk(inverses, entering=entering, errors=errors),
-            self._launch(self.kernels.back, self.walks, {**given, **back}, self.warps),
+            self._launch(self.kernels.back, self.walks(back["BV"]), back, self.warps),
             self._launch(self.kernels.gradients, self.chunks * self.heads, own, keys // 16),
         ]
 
-    @property
-    def walks(self) -> int:
-        """Programs of a walk."""
-        return self.sequences * self.heads * -(-self.values // self.BV)
+    def walks(self, values: int) -> int:
+        """Programs of a walk, of so many values each."""
+        return self.sequences * self.heads * -(-self.values // values)
 
     @property
     def chunks(self) -> int:
@@ -277,7 +289,7 @@ class Chunks:
     def _walk(self, inverses: Tensor, **written: Tensor | None) -> Launch:
         given = {**self.rows, "initial": self.initial, "inverses": inverses}
         given |= dict.fromkeys(("reads", "y", "final", "entering", "errors")) | written
-        return self._launch(self.kernels.walk, self.walks, {**given, **self.sizes}, self.warps)
+        return self._launch(self.kernels.walk, self.walks(self.BV), {**given, **self.sizes}, self.warps)
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], warps: int) -> Launch:
         # without a bound NVIDIA's assembler spills some registers so that more threads are resident

@@ -86,7 +86,7 @@ class Chunks(delta.Chunks):
         return [
             self._between(pairs),
             self._along(pairs, entering=entering, reads=reads),
-            self._launch(self.kernels.back, self.walks, {**given, **back}, self.warps),
+            self._launch(self.kernels.back, self.walks(self.BV), {**given, **back}, self.warps),
             self._launch(self.kernels.gradients, self.chunks * self.heads, own, keys // 4),
         ]
 
@@ -99,4 +99,4 @@ class Chunks(delta.Chunks):
         given = {**self.rows, "initial": self.initial, **pairs}
         given |= dict.fromkeys(("y", "final", "entering", "reads")) | written
         sizes = {**self.sizes, "BATCHED": batched}
-        return self._launch(self.kernels.walk, self.walks, {**given, **sizes}, self.warps)
+        return self._launch(self.kernels.walk, self.walks(self.BV), {**given, **sizes}, self.warps)

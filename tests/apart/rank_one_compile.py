@@ -45,7 +45,9 @@ def test_default_configs(op: str, direction: str, target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "dtype, keys, per_key", [(BFLOAT16, 64, False), (BFLOAT16, 128, False), (FLOAT32, 64, True)], ids=str
+    "dtype, keys, per_key",
+    [(BFLOAT16, 64, False), (BFLOAT16, 128, False), (BFLOAT16, 128, True), (FLOAT32, 64, True)],
+    ids=str,
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_chunks(direction: str, dtype: torch.dtype, keys: int, per_key: bool, target: str) -> None:
@@ -78,6 +80,16 @@ def test_chunks_of_decays_per_key(
 ) -> None:
     for values in (16, 64, 100):
         check("delta_rule", target, direction, 0, dtype, keys, values, chunks=True, **facts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("facts", [{}, {"packed": True}, {"initial_state": False}], ids=str)
+@pytest.mark.parametrize("keys", [96, 128])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_chunks_of_decays_of_many_keys(direction: str, keys: int, facts: dict[str, Any], target: str) -> None:
+    for values in (64, 128, 192):
+        check("delta_rule", target, direction, 0, keys=keys, values=values, chunks=True, **facts)
 
 
 @pytest.mark.parametrize("target", TARGETS)
