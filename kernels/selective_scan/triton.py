@@ -1,12 +1,14 @@
-"""The selective scan on GPUs as its loop over time: one launch forward, two backward and small sums.
+"""The selective scan on GPUs: one launch forward, two backward and small sums.
 
 The states of a block of channels are in registers and never leave the chip but every R rows of a backward pass;
-triton_kernels.py has the kernels. Under TRITON_INTERPRET=1 they run on the CPU, slowly, for tests.
+triton_kernels.py has the kernels, docs/derivations/selective_scan.md what they move. Under TRITON_INTERPRET=1 they run
+on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -22,6 +24,12 @@ INTERPRETED = not isinstance(selective_scan_forward, triton.JITFunction)
 NAMES = ("x", "delta", "A", "B", "C", "D_", "initial")
 # left in parts, for sequences or blocks of channels
 SUMS = ("dA", "dB", "dC", "dD_")
+# The channels of a warp's rows at most, forward, and the numbers of its tile of rows, backward; of float64 half as many
+WIDEST, TILE = 64, 128
+# The rows whose reads are under way at once, forward
+AHEAD = {torch.float32: 4, torch.float64: 2}
+# The keys of a channel that come with one read
+SECTOR = 8
 
 
 def cannot(problem: Problem) -> list[str]:
@@ -33,19 +41,17 @@ def configs(problem: Problem) -> Sequence[dict[str, int]]:
     """Candidates for the tuner, the default first.
 
     numbers: of the states to a thread. num_warps: of a program, which has so many channels as that allows. rows: from
-    one state that is kept for the backward pass to the next.
+    one state that is kept for the backward pass to the next, and of a tile there.
 
-    A thread moves states by 16 bytes, but rows by fewer: those of x and delta have few channels to a program, as the
-    states of these fill its registers (16 of 16 numbers to a warp: 32 bytes of a row in 16 bits), and those of B and C
-    are K numbers. Nor is there a copy on its way ahead of the row: the kernels run in one stage, because they read what
-    they have left in memory.
+    Every program reads B and C, and leaves its part of their gradients. So the default has 64 channels, for up to 64
+    keys; programs of fewer are for sequences that do not fill a GPU with those.
     """
-    if problem.direction == "forward":
-        found = [{"numbers": 8, "num_warps": 1, "rows": 32}, {"numbers": 8, "num_warps": 4, "rows": 32}]
-        # 16 of float64 spill where keys are few
-        wide = state_dtype(problem.dtypes["x"]) == torch.float64
-        return found if wide else [*found, {"numbers": 16, "num_warps": 1, "rows": 32}]
-    return [{"numbers": 4, "num_warps": 2, "rows": 32}, {"numbers": 4, "num_warps": 4, "rows": 32}]
+    keys, forward = triton.next_power_of_2(problem.sizes["K"]), problem.direction == "forward"
+    if keys > 16:
+        wide = {"numbers": 8, "num_warps": 16, "rows": 16}
+    else:
+        wide = {"numbers": 8, "num_warps": 4, "rows": 16} if forward else {"numbers": 4, "num_warps": 8, "rows": 16}
+    return [wide, {**wide, "num_warps": 1 if forward else wide["num_warps"] // 2}]
 
 
 def forward(
@@ -61,7 +67,7 @@ def forward(
     config: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
     """(y [B, T, D], final_state [N, D, K])"""
-    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config)
+    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config, WIDEST)
     y, final = torch.empty_like(x, memory_format=torch.contiguous_format), given.state()
     given.forward(y, final, None)(x.device)
     return y, final
@@ -83,12 +89,16 @@ def backward(
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, ...]:
     """(dx, ddelta, dA, dB, dC, dD, dinitial_state), each None where `needs` says so."""
-    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config)
+    given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config, TILE // config["rows"])
     kept, found = given.kept(), given.gradients(needs)
     given.forward(None, None, kept)(x.device)
     given.backward(dy, dfinal_state, kept, found)(x.device)
-    whole = [g.sum(0) if g is not None and name in SUMS else g for name, g in found.items()]
+    whole = [_whole(g) if g is not None and name in SUMS else g for name, g in found.items()]
     return tuple(g if g is None or t is None else g.to(t.dtype) for g, t in zip(whole, given.tensors.values()))
+
+
+def _whole(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[Compiled]:
@@ -105,8 +115,9 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
     skip = tensor(D, like=wide) if options["D"] else None
     initial = tensor(N, D, K, like=wide) if options["initial_state"] else None
     cu_seqlens = tensor(N + 1, like=torch.int32) if options["packed"] else None
-    given = _Given(x, delta, A, B, C, skip, initial, cu_seqlens, config)
-    if problem.direction == "forward":
+    forward = problem.direction == "forward"
+    given = _Given(x, delta, A, B, C, skip, initial, cu_seqlens, config, WIDEST if forward else TILE // config["rows"])
+    if forward:
         launches = [given.forward(x, given.state(), None)]
     else:
         every = given.gradients((True,) * 7)
@@ -115,15 +126,18 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
 
 
 class _Given(Blocks):
-    """The inputs, and how they are launched."""
+    """The inputs, and how they are launched. most: channels to a warp."""
 
     def __init__(
         self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-        initial_state: Tensor | None, cu_seqlens: Tensor | None, config: Mapping[str, int],
+        initial_state: Tensor | None, cu_seqlens: Tensor | None, config: Mapping[str, int], most: int,
     ) -> None:  # fmt: skip
         self.tensors = contiguous(dict(zip(NAMES, (x, delta, A, B, C, D, initial_state))))
         self.channels, keys = A.shape
         super().__init__(x, cu_seqlens, (self.channels, keys), keys, self.channels, config)
+        self.block = min(self.block, max(1, most * config["num_warps"] * 4 // self.dtype.itemsize))
+        self.blocks = -(-self.channels // self.block)
+        self.programs = self.sequences * self.blocks
 
     @property
     def registers(self) -> int:
@@ -135,26 +149,33 @@ class _Given(Blocks):
         parts = self.blocks, self.batch, self.length, self.keys
         shapes = {"A": (self.sequences, self.channels, self.keys), "B": parts, "C": parts}
         shapes["D_"] = self.sequences, self.channels
-        return {
-            f"d{name}": None
-            if tensor is None or not needed
-            else self.new(*shapes[name])
-            if name in shapes
-            else torch.empty_like(tensor)
-            for (name, tensor), needed in zip(self.tensors.items(), needs)
-        }
+        found: dict[str, Tensor | None] = {}
+        for (name, tensor), needed in zip(self.tensors.items(), needs):
+            if tensor is None or not needed:
+                found[f"d{name}"] = None
+            elif name in shapes:
+                # one part has the input's own dtype
+                dtype = tensor.dtype if shapes[name][0] == 1 else self.dtype
+                found[f"d{name}"] = self.new(*shapes[name], dtype=dtype)
+            else:
+                found[f"d{name}"] = torch.empty_like(tensor)
+        return found
 
     def forward(self, y: Tensor | None, final: Tensor | None, kept: Tensor | None) -> Launch:
-        written = {"y": y, "final": final, "kept": kept}
-        return self.launch(selective_scan_forward, {**self.tensors, **written, **self.sizes})
+        ahead = AHEAD[self.dtype]
+        written = {"y": y, "final": final, "kept": kept, "AHEAD": ahead}
+        launch = self.launch(selective_scan_forward, {**self.tensors, **written, **self.sizes})
+        return replace(launch, steps=-(-launch.steps // ahead))
 
     def backward(
         self, dy: Tensor | None, dfinal: Tensor | None, kept: Tensor, found: Mapping[str, Tensor | None]
     ) -> Launch:
-        scratch = self.new(self.programs, self.config["rows"], self.block, self.BK)
         read = {name: tensor for name, tensor in self.tensors.items() if name != "initial"}
-        arguments = {**contiguous({"dy": dy, "dfinal": dfinal}), **read, "kept": kept, "scratch": scratch, **found}
-        return self.launch(selective_scan_backward, {**arguments, **self.sizes, "ROWS": self.batch * self.length})
+        arguments = {**contiguous({"dy": dy, "dfinal": dfinal}), **read, "kept": kept, **found}
+        launch = self.launch(selective_scan_backward, {**arguments, **self.sizes, "ROWS": self.batch * self.length})
+        # a tile waits for its rows, and for what it needs of some keys
+        waits = 1 + -(-self.keys // SECTOR)
+        return replace(launch, steps=-(-launch.steps // self.config["rows"]) * waits)
 
     @property
     def sizes(self) -> dict[str, int]:

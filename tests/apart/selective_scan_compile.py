@@ -23,7 +23,7 @@ def check(
 ) -> None:
     """No spills, a quarter of the warps resident, and states by 16 bytes. config: its place; None: every one.
 
-    Rows go by 2 to 8 bytes and without asynchronous copies (`configs` in kernels/selective_scan/triton.py has why).
+    Rows go by 2 to 8 bytes: a program has few channels, and many threads for their states.
     """
     problem = posed(direction, dtype, keys, **facts)
     assert backend.cannot(problem) == []
@@ -43,7 +43,7 @@ def test_default_configs(direction: str, target: str) -> None:
 
 
 def test_other_problems() -> None:
-    check("sm_90", "backward", 1, keys=64, packed=True, D=False)
+    check("sm_90", "backward", 0, keys=64, packed=True, D=False)
     check("sm_80", "backward", 0, FLOAT32)
     check("gfx942", "forward", 1, initial_state=False)
 
@@ -55,12 +55,3 @@ def test_other_problems() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_cross_product(direction: str, dtype: torch.dtype, keys: int, target: str) -> None:
     check(target, direction, None, dtype, keys)
-
-
-@pytest.mark.long
-def test_channels_enough_for_wide_rows_would_spill() -> None:
-    """Triton deals a row out to all threads of a program: 8 bytes to each are 128 channels to a warp in 16 bits."""
-    (found,) = backend.compile_for("sm_90", posed("forward"), {"numbers": 64, "num_warps": 1, "rows": 32})
-    assert found.registers == 128
-    assert found.spills > 0
-    assert max(width for width in found.loads if width < 16) == 8
