@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -72,6 +73,16 @@ def test_a_loss_on_one_output(missing: str) -> None:
 
 def test_only_the_gradients_that_are_needed() -> None:
     tc.check_needs(posed("backward", length=2))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_steps_from_none_to_those_that_forget_all(direction: str) -> None:
+    inputs = posed(direction, length=11, keys=8)
+    given = dict(zip(OP.names(direction), inputs.tensors))
+    delta = given["delta"]
+    assert delta is not None
+    given["delta"] = torch.tensor([0.0, 1e-3, 1.0, 1e3])[torch.arange(delta.numel()) % 4].view(delta.shape)
+    tc.agrees(replace(inputs, tensors=tuple(given.values())))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
