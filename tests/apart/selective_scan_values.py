@@ -123,7 +123,7 @@ def moved_and_least(inputs: Inputs) -> tuple[int, int]:
 def test_bytes_moved(direction: str, keys: int, dtype: torch.dtype, steps: torch.dtype) -> None:
     """In 16 rows, and in every 16 further ones, which is what is left of it in the longest sequences."""
     limit = LIMITS[keys, dtype, steps][direction == "backward"]
-    facts = {"channels": 256, "keys": keys, "dtype": dtype, "decay_dtype": steps}
+    facts: dict[str, Any] = {"channels": 256, "keys": keys, "dtype": dtype, "decay_dtype": steps}
     moved, least = moved_and_least(posed(direction, length=16, **facts))
     both, least_of_both = moved_and_least(posed(direction, length=32, **facts))
     assert least <= moved <= limit * least
