@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 # fewer numbers than this are done before a second thread has woken up
 SERIAL_SIZE = 32768
 # A call that reads and writes so much, or less, is taken to find it in the cache
-CACHED_BYTES = 20 << 20
+CACHED_BYTES = 12 << 20
 # Time may be split where sequences have so many rows and threads at most so many columns each
 LONG_ROWS = 4096
 COLUMNS_FOR_A_THREAD = 16
