@@ -20,8 +20,7 @@ def decompositions() -> dict[Callable[..., Any], Callable[..., Any]]:
         program = torch.export.export(mixer, (x, state)).run_decompositions(decompositions())
 
     has none of this package's operators left, whatever backend was named. A program of one token of each sequence is
-    what decoding needs, some hundred operations a layer; one of T tokens has T times as many from its recurrence, and T
-    is fixed.
+    what decoding needs; one of T tokens has T times as many operations from its recurrence, and T is fixed.
 
     Raises (the functions that are returned):
         ValueError: the length is dynamic.
@@ -41,7 +40,7 @@ def _loop(op: Op, *args: Any) -> tuple[Tensor, ...] | list[Tensor]:
 
 def _transposed(*args: Any) -> tuple[Tensor, Tensor]:
     _check_length(transposed.NAME, args[0])
-    return transposed.by_loop(*args)
+    return transposed.by_loop(*args[:-1], "auto")
 
 
 def _check_length(op: str, x: Tensor) -> None:

@@ -49,13 +49,18 @@ def call(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
     return _function(op, tuple(args[end:])).apply(*args[:end])
 
 
+def check_loop(op: str, backend: str, loop: str) -> None:
+    """Raises RuntimeError where the loop would take the place of a backend that was named."""
+    if backend not in ("auto", loop):
+        what = "no forward-mode derivative, and none that torch.func could take apart here"
+        raise RuntimeError(f"{op}: backend {backend!r} has {what}; 'auto' and {loop!r} have")
+
+
 def by_loop(op: Op, args: Sequence[Any]) -> tuple[Tensor, ...]:
     """The op's outputs, operation by operation."""
     *given, backend = args
     loop, end = op.backends[0], len(op.inputs) + 1
-    if backend not in ("auto", loop.name):
-        what = "no forward-mode derivative and no derivative of a derivative in one transform"
-        raise RuntimeError(f"{op.name}: backend {backend!r} has {what}; 'auto' and {loop.name!r} have")
+    check_loop(op.name, backend, loop.name)
     problem = op.problem_of("forward", args)
     op.require(loop, problem)
     with torch.autocast(problem.device.type, enabled=False):

@@ -178,6 +178,18 @@ def test_the_transposed_state(packed: bool) -> None:
         expected = torch.autograd.grad(function(*leaves), leaves, materialize_grads=True)
         close(grad(function, (0, 1, 2, 3, 4))(*values), expected)
         close(jvp(function, values, values)[1], product(expected, values))
+    with pytest.raises(RuntimeError, match="gla_transposed: backend 'native' has no forward-mode derivative"):
+        jvp(lambda q: gla_transposed(q, *values[1:4], cu_seqlens=cu_seqlens, backend="native"), values[:1], values[:1])
+
+
+@pytest.mark.parametrize("name", ["hgrn", "gla", "attention"])
+def test_the_tangent_of_a_single_token_is_never_lost(name: str) -> None:
+    """Not by the one native call that a token alone may be, either."""
+    layer, x = mixers.build(name, 8).double(), torch.randn(1, 1, 8, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(leaf)[0].sum(), leaf)
+    with torch.no_grad():
+        close(jvp(lambda x: layer(x)[0].sum(), (x,), (x.cos(),))[1], (gradient * x.cos()).sum())
 
 
 def test_ensembles_and_states() -> None:

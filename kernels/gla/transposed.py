@@ -15,7 +15,7 @@ from kernels.gla import OP, naive
 from kernels.matrix_state import with_axis
 from kernels.problem import state_dtype
 from kernels.registration import below, define, needs_gradient, overload
-from kernels.transforms import transformed
+from kernels.transforms import check_loop, transformed
 
 NAME = "gla_transposed"
 # q, k, v, log_decay and initial_state have gradients
@@ -65,17 +65,11 @@ def gla_transposed(
     return y, final_state
 
 
-def by_loop(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Operation by operation, for torch.func's transforms."""
-    sizes = OP.problem_of("forward", _given(k, v, log_decay, initial_state, cu_seqlens, backend)).sizes
+def by_loop(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The operator's outputs, operation by operation."""
+    k, v, log_decay, initial_state, cu_seqlens, backend = rest
+    check_loop(NAME, backend, OP.backends[0].name)
+    sizes = OP.problem_of("forward", _given(*rest)).sizes
     if initial_state is None:
         initial_state = k.new_zeros([sizes[axis] for axis in "NHKV"], dtype=state_dtype(k.dtype))
     return matrix_state.forward(_step, (q, k, v, log_decay), initial_state, cu_seqlens, 1.0)
