@@ -129,19 +129,15 @@ def cos_and_sin(angle):
 
 @triton.jit
 def turn_of(theta, place, inside, STATE: tl.constexpr, BACK: tl.constexpr):
-    # cos θ and sin θ, BACK: of -θ
-    if theta is None:
-        return None
-    else:
+    # cos θ and sin θ, BACK: of -θ; None without θ, which Triton 3.6 refuses where it is spelt out
+    if theta is not None:
         cos, sin = cos_and_sin(tl.load(theta + place, inside, other=0.0))
         return cos.to(STATE), (-sin if BACK else sin).to(STATE)
 
 
 @triton.jit
 def bound_of(lower_bound, place, inside, STATE: tl.constexpr, TWO: tl.constexpr):
-    if lower_bound is None:
-        return None
-    else:
+    if lower_bound is not None:
         return load_rows(lower_bound + place, inside, STATE, TWO)[0]
 
 
