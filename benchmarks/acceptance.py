@@ -100,12 +100,12 @@ def lookups(rounds: int) -> Iterator[Row]:
     offers: list[tuple[str, autotune.Config]] = [("naive", {}), ("native", {"block": 2048})]
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.jsonl"
-        made = autotune.Record(known, "native", {"block": 2048}, "ok", 1e-3, 1e-5, 9, source=OP.source)
+        made = autotune.Record(known, "native", {"block": 2048}, "ok", 1e-3, 1e-5, 9, source=OP.source("cpu"))
         table.write_text("".join(f"{replace(made, key=key).to_line()}\n" for key in [*others, *keys.values()]))
         with autotune.using(table):
             for what, key in keys.items():
-                (seconds,) = medians([lambda key=key: autotune.choose(key, offers, OP.source)], rounds)  # type: ignore[misc]
-                found = autotune.choose(key, offers, OP.source)
+                (seconds,) = medians([lambda key=key: autotune.choose(key, offers, OP.source("cpu"))], rounds)  # type: ignore[misc]
+                found = autotune.choose(key, offers, OP.source("cpu"))
                 assert found is not None
                 assert found.origin == "exact"
                 yield Row(

@@ -130,7 +130,11 @@ def cost(op: Op, problem: Problem, seconds: float, store: autotune.Store) -> Cos
     if best is None or first not in times or second not in times:
         return None
     names = tuple(" ".join([name, *(f"{k}={v}" for k, v in config)]) for name, config in (first, second, best))
-    failed = {record.candidate for record, _, _ in autotune.listing(op.key(problem), op.source) if record.failed}
+    failed = {
+        record.candidate
+        for record, _, _ in autotune.listing(op.key(problem), op.source(problem.device.type))
+        if record.failed
+    }
     return Cost(
         problem,
         times[first] / times[best],
@@ -145,7 +149,7 @@ def cost(op: Op, problem: Problem, seconds: float, store: autotune.Store) -> Cos
 
 def _timed(op: Op, problem: Problem) -> dict[Candidate, float]:
     """Seconds of every candidate that was found right, by its newest record."""
-    oldest_first = reversed(autotune.listing(op.key(problem), op.source))
+    oldest_first = reversed(autotune.listing(op.key(problem), op.source(problem.device.type)))
     return {record.candidate: record.times[0] for record, _, _ in oldest_first if record.status == "ok"}
 
 

@@ -38,7 +38,7 @@ def test_mixer(
         "length": length,
         "sizes": {"dim": dim, "B": batch},
         "tokens": batch if direction == "decode" else batch * length,
-        "source": sources("mixer", name),
+        "source": sources("mixer", name, device.type),
         "bytes": least_bytes(mixer, x, direction),
         "flops": flops(run if direction == "decode" else forward(mixer, x)) * (3 if "backward" in direction else 1),
     }

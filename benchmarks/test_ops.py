@@ -95,7 +95,7 @@ def described(problems: list[Problem], variant: str) -> dict[str, Any]:
         "dtype": first.dtype_name,
         "length": first.sizes["T"],
         "sizes": {axis: size for axis, size in first.sizes.items() if axis not in ("T", "N")},
-        "source": sources("op", first.op),
+        "source": sources("op", first.op, first.device.type),
         "bytes": sum(OPS[first.op].cost(problem).bytes for problem in problems),
         "flops": sum(OPS[first.op].cost(problem).flops for problem in problems),
     }

@@ -47,15 +47,22 @@ class Declaration:
     options: Mapping[str, Any] = field(default_factory=dict)
     differentiable_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
 
-    @cached_property
-    def source(self) -> str:
-        """A hash of the op's sources and of what they share with others: with other sources, rows are stale."""
-        return sources.digest(p for p in self._folder.iterdir() if p.suffix in (".py", ".cpp", ".h"))
+    def source(self, device: str) -> str:
+        """A hash of the op's sources for a type of device, and of what they share with others: with other sources, its
+        rows are stale."""
+        kind = "cpu" if device == "cpu" else "gpu"
+        if kind not in self._sources:
+            self._sources[kind] = sources.digest(sources.own(self._folder, kind))
+        return self._sources[kind]
 
     @cached_property
     def compiled_source(self) -> str:
         """A hash of what is compiled for GPUs, and of what launches it, which predictions depend on."""
         return sources.digest(self._folder.glob("triton*.py"))
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        return {}
 
     @property
     def _folder(self) -> Path:

@@ -68,10 +68,11 @@ def explain(op: Op, problem: Problem, plan: Plan | None = None) -> Explanation:
     plan = plan or op.choose(problem)
     key, candidates = op.key(problem), op.candidates(problem)
     offered = [(backend.name, config) for backend, config in candidates]
-    choice = autotune.choose(key, offered, op.source, op.compiled_source)
+    source = op.source(problem.device.type)
+    choice = autotune.choose(key, offered, source, op.compiled_source)
     measured = choice.record.key if choice else key
-    known = _newest(autotune.listing(measured, op.source))
-    refused = {record.candidate: record for record in autotune.refused(key, op.source)}
+    known = _newest(autotune.listing(measured, source))
+    refused = {record.candidate: record for record in autotune.refused(key, source)}
     chosen = name_of(plan.backend.name, plan.config)
     prediction = choice.record if choice is not None and plan.origin == "predicted" else None
     verdicts = []
@@ -131,7 +132,7 @@ def _origin(op: Op, problem: Problem, plan: Plan, choice: autotune.Choice | None
         if closest is None:
             return origin
         differences = op.key(problem).difference(closest)
-        if all(stale for _, _, stale in autotune.listing(closest, op.source)):
+        if all(stale for _, _, stale in autotune.listing(closest, op.source(problem.device.type))):
             differences.append("the sources of the op have changed since")
         return f"{origin}; the closest measured problem differs: {', '.join(differences)}"
     if choice is None:
@@ -143,7 +144,7 @@ def _origin(op: Op, problem: Problem, plan: Plan, choice: autotune.Choice | None
     if record.status == "predicted":
         facts = f"{record.message} (compiled on {record.date[:10]} with triton {record.triton})"
         return f"predicted, not measured, for {length}: {facts}"
-    rows = autotune.listing(record.key, op.source)
+    rows = autotune.listing(record.key, op.source(problem.device.type))
     table = next((f"the {where} table" for row, where, _ in rows if row is record), "a table")
     return f"measured at {length} on {record.date[:10]} with torch {record.torch} ({table})"
 

@@ -20,6 +20,15 @@ IMPORT = re.compile(r"^ *from kernels([\w.]*) import (?:\(([^)]*)\)|(.+))$", re.
 INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
+def own(folder: Path, kind: str) -> list[Path]:
+    """The files of an op's folder that run on a device of that kind: on a "gpu" no C++ and nothing that loads it, on a
+    "cpu" nothing that is Triton's."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".cpp", ".h"))
+    if kind == "cpu":
+        return [path for path in files if not path.name.startswith("triton")]
+    return [path for path in files if path.suffix == ".py" and "jit_cpp" not in path.read_text(encoding="utf-8")]
+
+
 def digest(files: Iterable[Path]) -> str:
     """A hash of what is gathered."""
     whole = hashlib.sha256()

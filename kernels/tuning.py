@@ -82,7 +82,7 @@ def _tune(
     trials: Trials,
 ) -> list[autotune.Record]:
     start = time.perf_counter()
-    key, offered = op.key(problem), op.candidates(problem)
+    key, offered, source = op.key(problem), op.candidates(problem), op.source(problem.device.type)
     comparison = Comparison(op, problem, seconds=LOOP_SHARE * seconds, by=trials.safe(op, problem))
     note = partial(_noted, comparison=comparison)
     candidates = [
@@ -93,7 +93,7 @@ def _tune(
     ]
 
     apart = {backend.name: backend for backend, _ in offered if trials.needed(op, backend, problem)}
-    known = trusted(key, op.source, store) if apart else set()
+    known = trusted(key, source, store) if apart else set()
 
     def trial(candidate: Candidate, left: float) -> Failure | None:
         backend = apart.get(candidate.backend)
@@ -107,7 +107,7 @@ def _tune(
             candidates,
             comparison.reference,
             comparison.agree,
-            source=op.source,
+            source=source,
             seconds=max(seconds - (time.perf_counter() - start), 0.0),
             store=_NotingStore(store or autotune.user_store(key.device), note),
             progress=progress,
@@ -173,7 +173,7 @@ def _compile_ahead(
     for problem in on_gpu:
         op = OPS[problem.op]
         key = op.key(problem)
-        known = {row.candidate for row in rows if row.key == key and row.source == op.source}
+        known = {row.candidate for row in rows if row.key == key and row.source == op.source(problem.device.type)}
         # only ours: others' kernels are launched in ways of their own
         todo = [(b, config) for b, config in op.candidates(problem) if hasattr(b.loaded, "compile_for")]
         todo = [(b, config) for b, config in todo if recorded_as(b.name, config) not in known]

@@ -48,23 +48,24 @@ def saved(folder: Path) -> pd.DataFrame:
 
 
 @cache
-def sources(kind: str, name: str) -> str:
+def sources(kind: str, name: str, device: str) -> str:
     """A hash of what an op or a mixer is made of, in its own file and in its ops: with others, a row is stale.
 
-    Empty for what is not there.
+    device: its type or its name in the tables. Empty for what is not there.
     """
+    device = "cpu" if device.startswith("cpu") else "gpu"
     if kind == "op":
-        return OPS[name].source if name in OPS else ""
+        return OPS[name].source(device) if name in OPS else ""
     if name not in registry.names():
         return ""
     made = registry.get(name)
     text = Path(inspect.getfile(made)).read_text(encoding="utf-8")
-    return hashlib.sha256("\0".join([text, *(OPS[op].source for op in made.ops)]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([text, *(OPS[op].source(device) for op in made.ops)]).encode()).hexdigest()[:16]
 
 
 def current(rows: pd.DataFrame) -> pd.DataFrame:
     """Those that were made with the sources that are here."""
-    fresh = [row["source"] == sources(row["kind"], row["name"]) != "" for _, row in rows.iterrows()]
+    fresh = [row["source"] == sources(row["kind"], row["name"], row["device"]) != "" for _, row in rows.iterrows()]
     return rows[pd.Series(fresh, index=rows.index, dtype=bool)]
 
 

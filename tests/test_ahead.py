@@ -205,7 +205,9 @@ def test_what_is_on_record_is_not_compiled_and_defaults_come_first(
     problem = replace(posed("gated_norm", "forward"), device=GPU)
     with autotune.pretend("cuda", "card"):
         configs = op.backend("triton").configs(problem)
-        record = autotune.Record.made_here(op.key(problem), "triton", configs[0], "wrong", "cpu", source=op.source)
+        record = autotune.Record.made_here(
+            op.key(problem), "triton", configs[0], "wrong", "cpu", source=op.source("cuda")
+        )
         tuning._compile_ahead([problem], 100.0, store, None, False)
         store.append(record)
         tuning._compile_ahead([problem], 100.0, store, None, False)

@@ -44,7 +44,7 @@ def test_explain_says_that_the_sources_have_changed(monkeypatch: pytest.MonkeyPa
     op = planted(monkeypatch, lazy=(slow, slow))
     posed = problem(op)
     tune(op, posed, seconds=1)
-    monkeypatch.setitem(op.__dict__, "source", "other")
+    monkeypatch.setitem(op.__dict__, "source", lambda device: "other")
     found = explain(op, posed)
     assert "the sources of the op have changed since" in found.origin
     assert {v.backend: (v.status, v.reason) for v in found.verdicts} == {

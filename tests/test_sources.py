@@ -50,7 +50,16 @@ def test_every_edit_is_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found() == before
 
 
+def test_measurements_outlive_edits_of_what_does_not_run_on_their_device() -> None:
+    folder = sources.ROOT / "gla"
+    on_cpu, on_gpu = (set(sources.gathered(sources.own(folder, kind))) for kind in ("cpu", "gpu"))
+    assert {path.name for path in on_cpu - on_gpu} >= {"native.py", "native.cpp", "matrix.h", "jit_cpp.py", "step.cpp"}
+    assert {path.name for path in on_gpu - on_cpu} >= {"triton.py", "triton_chunks.py", "triton_matrix.py"}
+    assert {path.name for path in on_cpu & on_gpu} >= {"__init__.py", "naive.py", "compiled.py", "loop.py"}
+    assert not [path for path in on_gpu if path.suffix != ".py"]
+
+
 def test_predictions_outlive_edits_of_what_is_not_compiled_for_gpus() -> None:
     found = sources.gathered((sources.ROOT / "gla").glob("triton*.py"))
     assert not [path for path in found if path.suffix != ".py"]
-    assert OPS["gla"].compiled_source != OPS["gla"].source
+    assert OPS["gla"].compiled_source not in (OPS["gla"].source("cpu"), OPS["gla"].source("cuda"))

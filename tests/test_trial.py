@@ -132,7 +132,7 @@ def test_nothing_wrong_is_chosen_and_this_process_survives(planted: autotune.Sto
         assert {r.backend for r in tune(SCAN, posed, seconds=300)} <= {"naive", "right"}
     # nor is what crashed trusted at a length at which nobody tried it
     longer = pose(SCAN, "forward", {"B": 2, "T": 300, "D": 5, "N": 2}, dtype=torch.float32, device=CPU)
-    refused = {record.backend for record in autotune.refused(SCAN.key(longer), SCAN.source)}
+    refused = {record.backend for record in autotune.refused(SCAN.key(longer), SCAN.source("cpu"))}
     assert {"hangs", "segfaults", "aborts", "odd"} <= refused
 
 
@@ -160,7 +160,7 @@ def test_what_is_trusted_here_starts_no_process(planted: autotune.Store, monkeyp
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.warns(RuntimeWarning, match="right was to be tried could not be started.*it was not tried"):
         assert [record.backend for record in tune(SCAN, problem(), seconds=300)] == ["naive"]
-    known = {"median_s": 1e-9, "spread_s": 0.0, "source": SCAN.source}
+    known = {"median_s": 1e-9, "spread_s": 0.0, "source": SCAN.source("cpu")}
     planted.append(autotune.Record(SCAN.key(problem()), "right", {}, "ok", **known))
     longer = pose(SCAN, "forward", {"B": 2, "T": 40, "D": 7, "N": 2}, dtype=torch.float32, device=CPU)
     assert {record.backend for record in tune(SCAN, longer, seconds=300)} == {"naive", "right"}

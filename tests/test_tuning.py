@@ -240,7 +240,7 @@ def test_on_a_gpu_auto_is_triton_with_the_config_on_record(
         key = SCAN.key(posed)
         assert key.device == "nvidia-h100-80gb-hbm3-sm90"
         for config, median in ((configs[0], 3e-6), (configs[1], 2e-6)):
-            made = {"median_s": median, "spread_s": 1e-8, "source": SCAN.source}
+            made = {"median_s": median, "spread_s": 1e-8, "source": SCAN.source("cpu")}
             store.append(autotune.Record(key, "triton", config, "ok", **made))
         h, _ = scan(a, x)
         assert given[1:] == [configs[1]]

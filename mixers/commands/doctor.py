@@ -172,7 +172,7 @@ def _facts(device: torch.device) -> Iterator[tuple[str, str | Table]]:
     folder = autotune.cache_folder()
     yield "cache folder", f"{folder} ({_writable(folder)})"
     for where, path in (("shipped", SHIPPED), ("user", folder / "tuned")):
-        yield f"{where} tables", _tables(path, autotune.fingerprint(device))
+        yield f"{where} tables", _tables(path, device)
     variables = [
         f"{name}={os.environ[name]}"
         for name in ("SEQUENCE_MIXERS_CACHE", "CXX", "TRITON_INTERPRET")
@@ -230,11 +230,12 @@ def _writable(folder: Path) -> str:
     return "writable" if folder.exists() else "writable, made when needed"
 
 
-def _tables(folder: Path, device: str) -> str:
+def _tables(folder: Path, device: torch.device) -> str:
     """What the folder has for the device: how many rows, and how many of them count."""
-    path = folder / f"{device}.jsonl"
+    path = folder / f"{autotune.fingerprint(device)}.jsonl"
     if not path.exists():
         return f"none for this device in {folder}"
     records = autotune.Store(path).read()
-    fresh = sum(record.key.op in OPS and record.source == OPS[record.key.op].source for record in records)
+    known = {name: op.source(device.type) for name, op in OPS.items()}
+    fresh = sum(record.source == known.get(record.key.op) for record in records)
     return f"{len(records)} measurements, {fresh} of them with today's sources: {path}"

@@ -36,7 +36,9 @@ def _rank(rank: int, port: int, folder: str, compiled_code: str) -> None:
 
     def record(backend: str, config: dict[str, int], median: float) -> None:
         store.append(
-            autotune.Record(key, backend, config, "ok", median_s=median, spread_s=1e-9, rounds=3, source=OP.source)
+            autotune.Record(
+                key, backend, config, "ok", median_s=median, spread_s=1e-9, rounds=3, source=OP.source("cpu")
+            )
         )
 
     compiled = dict(OP.backend("compiled").configs(problem)[0])

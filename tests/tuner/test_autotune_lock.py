@@ -70,7 +70,9 @@ def test_the_same_lock_gives_the_same_bits_whatever_was_measured_since(tmp_path:
     with autotune.using(tmp_path / "table.jsonl") as store:
         for problem, plan in met.items():
             op, times = OPS[problem.op], {"median_s": 1e-9, "spread_s": 0.0}
-            made = autotune.Record(op.key(problem), plan.backend.name, plan.config, "ok", **times, source=op.source)
+            made = autotune.Record(
+                op.key(problem), plan.backend.name, plan.config, "ok", **times, source=op.source("cpu")
+            )
             store.append(made)
         unlocked = bits()
         with autotune.use(tmp_path / "tuned.json"):
@@ -92,7 +94,9 @@ def test_a_problem_without_an_entry_goes_by_rule_whatever_was_measured(path: Pat
     long = torch.rand(2, 40, 5)
     problem = OP.problem_of("forward", (long, long, None, None, False, "auto"))
     with autotune.using(tmp_path / "table.jsonl") as store:
-        store.append(autotune.Record(OP.key(problem), "naive", {}, "ok", median_s=1e-9, spread_s=0.0, source=OP.source))
+        store.append(
+            autotune.Record(OP.key(problem), "naive", {}, "ok", median_s=1e-9, spread_s=0.0, source=OP.source("cpu"))
+        )
         assert OP.choose(problem).backend.name == "naive"
         with autotune.use(path):
             assert (OP.choose(problem).backend.name, OP.choose(problem).origin) != ("naive", "exact")
