@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "parallel.h"
-#include "vectors.h"
+#include "sums.h"
 
 // Uninitialised numbers at the start of a cache line.
 template <class S>
@@ -53,12 +53,14 @@ void add_parts(const S* from, int64_t parts, int64_t apart, int64_t numbers, T* 
     if (to == nullptr) return;
     constexpr int64_t block = 512;
     parallel_for((numbers + block - 1) / block, threads, [&](int64_t i) {
-        double total[block] = {};
+        alignas(kCacheLine) double memory[3 * block];
         const int64_t first = i * block, n = std::min(block, numbers - first);
-        for (int64_t part = 0; part < parts; ++part) {
+        Cascade<double, 3> sums(memory, whole_lines<double>(n));
+        for (int64_t part = 0; part < parts; ++part, sums.next()) {
             const S* row = from + part * apart + first;
-            for (int64_t j = 0; j < n; ++j) total[j] += row[j];
+            for (int64_t j = 0; j < n; ++j) memory[j] += row[j];
         }
+        const double* total = sums.total();
         for (int64_t j = 0; j < n; ++j) store(to + first + j, Vec<StateOf<T>, 1>{StateOf<T>(total[j])});
     });
 }

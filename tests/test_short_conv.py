@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -115,6 +115,9 @@ def test_is_the_convolution_of_torch(backend: str, case: dict[str, Any]) -> None
 def test_every_dtype_errs_no_more_than_the_loop(backend_name: str, direction: str) -> None:
     backend = OP.backend(backend_name)
 
+    # a single sum that nearly cancels: little of its error is allowed
+    @example(case={"sizes": {"B": 1, "T": 257, "D": 1, "W": 1}, "bounds": None, "bias": False, "initial_state": False,
+                   "activation": None, "reverse": False, "seed": 0}, dtypes=(FLOAT64, FLOAT64))  # fmt: skip
     @given(case=cases(), dtypes=st.sampled_from(((FLOAT64,) * 2, (FLOAT32,) * 2, (FLOAT16,) * 2, (BFLOAT16,) * 2,
                                                  (FLOAT32, FLOAT16), (FLOAT32, BFLOAT16))))  # fmt: skip
     def agrees(case: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]) -> None:

@@ -87,7 +87,7 @@ def backward(
     dtypes = [None if parameter is None else parameter.dtype for parameter in (weight, bias)]
     given = x, gate, weight, bias = _readable(x, gate, weight, bias)
     B, T, H, V = x.shape
-    # few enough that rounded sums stay short, and enough for many threads
+    # rows whose sums a thread leaves: few enough that many threads have some
     run = 64 if B * T < 16384 else 256
     runs, wide = -(-B * T // run), state_dtype(x.dtype)
     dx = pool.empty_like(x) if needs[0] else None

@@ -69,11 +69,12 @@ void backward(const Backward& b) {
     const Problem& p = b.problem;
     const int64_t n = p.width, columns = p.columns(), stride = whole_lines<S>(n);
     const int64_t buffers = p.gate_first ? 4 : 1, sums = b.dweight || b.dbias ? 2 * p.heads : 0;
-    const int64_t numbers = (buffers + sums) * stride + p.around_cache * 2 * whole_lines<S>(columns);
+    constexpr int kLevels = 2;
+    const int64_t numbers = (buffers + kLevels * sums) * stride + p.around_cache * 2 * whole_lines<S>(columns);
     parallel_with_scratch<S>(p.runs(), p.threads, numbers, [&](int64_t run, S* scratch, int64_t) {
         S *own = std::exchange(scratch, scratch + buffers * stride), *dparameters = scratch;
-        scratch += sums * stride;
-        std::fill_n(dparameters, sums * stride, S(0));
+        scratch += kLevels * sums * stride;
+        Cascade<S, kLevels> over_rows(dparameters, sums * stride);
         Place<T> dx(b.dx, p, scratch), dgate(b.dgate, p, scratch);
         for_rows(p, run, [&](int64_t r) INLINE_BODY {
             const T *x = p.row<T>(p.x, p.x_strides, r), *gate = p.row<T>(p.gate, p.gate_strides, r);
@@ -97,7 +98,9 @@ void backward(const Backward& b) {
                 backward_gate_last<ACT>(head);
             }
             dx.end(), dgate.end();
+            over_rows.next();
         });
+        over_rows.total();
         S* partials = static_cast<S*>(b.partials) + (b.partials ? 2 * run * columns : 0);
         for (void* sum : {b.dweight, b.dbias}) {
             S* to = b.partials ? std::exchange(partials, partials + columns) : static_cast<S*>(sum);

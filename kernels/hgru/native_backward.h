@@ -1,39 +1,30 @@
 // The gradient of HGRN's gates and scan: a walk against time over a tile.
 #pragma once
+#include "../sums.h"
 #include "native.h"
 
 namespace {
 
-// A sum over rows for each channel: of runs of rows first, so that little is lost where there are many.
-template <class T, bool PAIRS>
+// A sum over rows for each of n channels, one slot for each vector.
+template <class T, bool PAIRS, int W>
 struct Sum {
     using S = StateOf<T>;
-    static constexpr int64_t kRun = 128;
-    Slots<S> run, total;
-    bool needed;
+    static constexpr int kLevels = 4;
+    const bool needed;
+    Cascade<S, kLevels> over_rows;
+    alignas(kCacheLine) S at[kLevels * kStateBytes / sizeof(S)];
 
-    template <int W>
-    OUTLINE void start(const void* result, int64_t n) {
-        if ((needed = result != nullptr)) run.template read<W>(nullptr, n), total.template read<W>(nullptr, n);
-    }
+    Sum(const void* result, int64_t n) : needed(result != nullptr), over_rows(at, needed ? multiple(n, W) : 0) {}
     template <class V>
     INLINE void add(int64_t slot, V v) {
-        store(run.at + slot, load<lanes<V>>(run.at + slot) + v);
+        store(at + slot, load<W>(at + slot) + v);
     }
-    template <int W>
-    OUTLINE void end_run(int64_t n) {
+    OUTLINE void leave(S* row, const Tile& t) {
         if (!needed) return;
-        for_vectors<W>(n, false, [&](int64_t, int64_t slot) {
-            store(total.at + slot, load<W>(total.at + slot) + load<W>(run.at + slot));
-        });
-        run.template read<W>(nullptr, n);
-    }
-    template <int W>
-    OUTLINE void leave(S* row, const Tile& t) const {
-        if (!needed) return;
+        const S* total = over_rows.total();
         write_padded<false>(row, t, [&](S* row) {
             for_vectors<W>(walked<S>(t), false, [&](int64_t c, int64_t slot) {
-                store(row + c, unordered<T, PAIRS>(load<W>(total.at + slot)));
+                store(row + c, unordered<T, PAIRS>(load<W>(total + slot)));
             });
         });
     }
@@ -52,14 +43,15 @@ struct Gradient {
     const Constants<T, PAIRS, W> constant;
     // conj(decay[t+1]) dh[t+1], where dh is the whole gradient of a row
     State<T, PAIRS> carry;
-    Sum<T, PAIRS> dlower_bound, dtheta;
+    Sum<T, PAIRS, W> dlower_bound, dtheta;
 
     Gradient(const Backward& p, const Tiling<S>& tiling, const Tile& t, bool around)
         : backwards(!p.given.sequences.reverse), kind(p.given.kind), columns(t.columns), wide(numbers<PAIRS>(t)),
           i(p.given.i, p.given.i_strides, t, backwards), dh(p.dh, p.dh_strides, t, backwards),
           before(p.h, p.h_strides, t, backwards), f(p.given.f, p.given.f_strides, t, backwards),
           di(p.di, packed<PAIRS>(tiling.contiguous()), wide, backwards, around),
-          df(p.df, tiling.contiguous(), t, backwards, around), constant(p.given, t) {}
+          df(p.df, tiling.contiguous(), t, backwards, around), constant(p.given, t),
+          dlower_bound(p.dlower_bound, walked<S>(t)), dtheta(PAIRS ? p.dtheta : nullptr, walked<S>(t)) {}
 };
 
 // One row. initial_state: h[t-1] of the first in time, else null.
@@ -118,6 +110,7 @@ OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const StateOf<T>*
     g.di.next(g.wide.columns);
     g.df.next(g.columns);
     g.i.next(), g.f.next(), g.dh.next();
+    g.dlower_bound.over_rows.next(), g.dtheta.over_rows.next();
 }
 
 template <class T, bool PAIRS, Kind KIND, int W>
@@ -128,21 +121,17 @@ void backward_tile(const Backward& p, const Tiling<StateOf<T>>& tiling, const Ti
     const int64_t n = walked<S>(t);
     Gradient<T, PAIRS, W> g(p, tiling, t, n > t.columns || tiling.around_cache());
     g.carry.template enter<W>(start, t);
-    g.dlower_bound.template start<W>(p.dlower_bound, n);
-    g.dtheta.template start<W>(PAIRS ? p.dtheta : nullptr, n);
     for (int64_t r = t.continues ? 0 : 1; r < t.rows; ++r) {
         g.before.next();
         backward_row<KIND, W>(g, n, nullptr);
-        if (r % Sum<T, PAIRS>::kRun == 0) g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
     }
     const S* initial_state = part<S>(p.given.initial_state, t.sequence, parts<PAIRS>, t, s);
     Padded<S> padded(t, parts<PAIRS>);
     initial_state = initial_state == nullptr ? reinterpret_cast<const S*>(zeros) : padded(initial_state);
     if (t.rows > 0 && !t.continues) backward_row<KIND, W>(g, n, initial_state);
-    g.dlower_bound.template end_run<W>(n), g.dtheta.template end_run<W>(n);
     if (end) g.carry.template leave<W>(end, t);
-    g.dlower_bound.template leave<W>(part<S>(p.lower_bound_partials, t.number, 1, t, s), t);
-    g.dtheta.template leave<W>(part<S>(p.theta_partials, t.number, 1, t, s), t);
+    g.dlower_bound.leave(part<S>(p.lower_bound_partials, t.number, 1, t, s), t);
+    g.dtheta.leave(part<S>(p.theta_partials, t.number, 1, t, s), t);
 }
 
 }  // namespace

@@ -4,9 +4,13 @@
 
 namespace {
 
-// Numbers of scratch for each of a block's states: beside what is listed below, sums in double.
+// Numbers of scratch for a block: A, carry, states and decays for each of its states, and for each of those and of its
+// channels the gradients of A and D, of a chunk and in double of all.
 template <class S>
-constexpr int64_t kBackwardStates = 3 + kChunk + 1 + kChunk + sizeof(double) / sizeof(S);
+int64_t backward_numbers(int64_t states) {
+    constexpr int64_t with_sums = 1 + sizeof(double) / sizeof(S);
+    return ((2 + kChunk + 1 + kChunk) * states + with_sums * (states + 1)) * kBlock<S>;
+}
 
 // Walks forward once and keeps the state before every chunk; then takes the chunks from the last to the first, makes the
 // states of each again, and goes back through its rows.
@@ -15,10 +19,12 @@ void backward_block(const Backward& b, const Block& t, S* scratch, S* before) {
     constexpr int W = kLanes<S>, width = N * W;
     const Problem& p = b.problem;
     const int64_t K = p.states, n = t.channels, size = K * width, chunks = (t.rows + kChunk - 1) / kChunk;
-    double* dA_total = reinterpret_cast<double*>(scratch);
-    scratch += size * sizeof(double) / sizeof(S);
-    S *A = scratch, *carry = A + size, *dA = carry + size, *states = dA + size, *decays = states + (kChunk + 1) * size;
-    std::fill_n(dA_total, size, 0.0);
+    const int64_t sums = size + width;
+    double* total = reinterpret_cast<double*>(scratch);
+    scratch += sums * sizeof(double) / sizeof(S);
+    // the gradient of D lies behind that of A
+    S *A = scratch, *carry = A + size, *dA = carry + size, *states = dA + sums, *decays = states + (kChunk + 1) * size;
+    std::fill_n(total, sums, 0.0);
 
     const int64_t state = (t.sequence * p.channels + t.channel) * K;
     const S* initial = static_cast<const S*>(p.initial_state);
@@ -28,7 +34,6 @@ void backward_block(const Backward& b, const Block& t, S* scratch, S* before) {
     transpose_in(dfinal ? dfinal + state : nullptr, n, K, width, carry);
     Row<S, N> D, dD, x, delta, input, dy;
     D.read(p.D ? static_cast<const S*>(p.D) + t.channel : nullptr, n);
-    dD.read(static_cast<const S*>(nullptr), n);
     const Walk<S, T> xs(p.x, p.x_strides, t), dys(b.dy, b.dy_strides, t);
     const Walk<S, E> deltas(p.delta, p.delta_strides, t);
     const int64_t first = t.batch * p.rows + t.first_row, all = p.cu_seqlens ? p.rows : p.sequences * p.rows;
@@ -72,6 +77,7 @@ void backward_block(const Backward& b, const Block& t, S* scratch, S* before) {
             });
         }
         std::fill_n(dA, size, S(0));
+        dD.read(static_cast<const S*>(nullptr), n);
         for (int64_t i = rows - 1; i >= 0; --i) {
             const int64_t r = begin + i;
             read(r);
@@ -106,14 +112,13 @@ void backward_block(const Backward& b, const Block& t, S* scratch, S* before) {
             if (dx) dinput.write(dx + r * p.channels, n);
             if (ddelta) dstep.write(ddelta + r * p.channels, n);
         }
-        for (int64_t i = 0; i < size; ++i) dA_total[i] += dA[i];
+        dD.write(dA + size, width);
+        for (int64_t i = 0; i < sums; ++i) total[i] += dA[i];
     }
     if (b.dinitial_state) transpose_out(carry, n, K, width, static_cast<S*>(b.dinitial_state) + state);
-    if (b.dA) {
-        std::copy_n(dA_total, size, dA);
-        transpose_out(dA, n, K, width, static_cast<S*>(b.dA_parts) + state);
-    }
-    if (b.dD) dD.write(static_cast<S*>(b.dD_parts) + t.sequence * p.channels + t.channel, n);
+    std::copy_n(total, sums, dA);
+    if (b.dA) transpose_out(dA, n, K, width, static_cast<S*>(b.dA_parts) + state);
+    if (b.dD) std::copy_n(dA + size, n, static_cast<S*>(b.dD_parts) + t.sequence * p.channels + t.channel);
 }
 
 template <class E, class T>
@@ -121,7 +126,7 @@ void backward(const Backward& b) {
     using S = StateOf<T>;
     const Problem& p = b.problem;
     S* kept = static_cast<S*>(b.kept);
-    for_blocks<S>(p, kBackwardStates<S> * p.states * kBlock<S>, [&]<int N>(const Block& t, S* own, int64_t thread) {
+    for_blocks<S>(p, backward_numbers<S>(p.states), [&]<int N>(const Block& t, S* own, int64_t thread) {
         backward_block<E, T, N>(b, t, own, kept + thread * b.kept_numbers);
     });
     const int64_t rows = p.cu_seqlens ? p.rows : p.sequences * p.rows;

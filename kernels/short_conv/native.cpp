@@ -42,7 +42,7 @@ struct Place {
     }
 };
 
-// Rows of sums, one slot for each vector. They are zeros at first.
+// Rows of sums, one slot for each vector.
 template <class S>
 struct Sums {
     int64_t rows, stride;
@@ -50,11 +50,10 @@ struct Sums {
 
     // Takes its numbers from `scratch`, which then begins behind them.
     Sums(int64_t rows, int64_t columns, S*& scratch)
-        : rows(rows), stride(whole_lines<S>(columns)), first(std::exchange(scratch, scratch + rows * stride)) {
-        clear();
-    }
+        : rows(rows), stride(whole_lines<S>(columns)), first(std::exchange(scratch, scratch + rows * stride)) {}
     S* operator[](int64_t row) { return first + row * stride; }
-    void clear() { std::fill_n(first, rows * stride, S(0)); }
+    int64_t numbers() const { return rows * stride; }
+    void clear() { std::fill_n(first, numbers(), S(0)); }
 
     void write(int64_t row, int64_t n, S* columns) {
         int64_t lanes = kVectorBytes / sizeof(S), apart = n < lanes ? n : n / lanes * lanes;
@@ -103,6 +102,8 @@ void forward(const Forward& f) {
 template <class T>
 void backward(const Backward& b) {
     using S = StateOf<T>;
+    // of the sums over a run's rows
+    constexpr int kLevels = 2;
     const Problem& p = b.problem;
     const Cut cut(p, (p.width + 1) * (3 * sizeof(S) + sizeof(T)) + 2 * sizeof(T), sizeof(S));
     const int64_t sums_of_parameters = b.partials ? p.width + 1 : 0;
@@ -111,6 +112,7 @@ void backward(const Backward& b) {
         GradientRow<T, S> row(p, column, columns, scratch);
         Place<T> drow{p.around_cache && columns * sizeof(T) >= 1024};
         Sums<S> past(p.width, columns, scratch), partial(sums_of_parameters, columns, scratch);
+        Cascade<S, kLevels> over_rows(partial.first, partial.numbers());
         auto compute = pick<S>(p, columns, []<int W, int K, bool SILU>() { return &backward_row<W, K, SILU, T, S>; });
         auto dy = [&](const Piece& piece, int64_t t) {
             bool there = b.dy && t < piece.length;
@@ -137,8 +139,10 @@ void backward(const Backward& b) {
                 row.out = drow.begin(out ? out + column : nullptr);
                 compute(row);
                 drow.end(columns);
+                if (summed) over_rows.next();
             }
         });
+        over_rows.total();
         S* sums = static_cast<S*>(b.partials) + cut.run(i) * (p.width + 1) * p.columns + column;
         for (int64_t k = 0; b.partials && k <= p.width; ++k)
             partial.write(k, columns, sums + k * p.columns);
@@ -152,7 +156,8 @@ void backward(const Backward& b) {
         }
     };
     int64_t tiles = cut.tiles(), states = p.cu_seqlens && b.dinitial_state ? p.sequences : 0;
-    const int64_t numbers = GradientRow<T, S>::numbers(p) + (p.width + sums_of_parameters) * whole_lines<S>(cut.block);
+    const int64_t sums = p.width + kLevels * sums_of_parameters;
+    const int64_t numbers = GradientRow<T, S>::numbers(p) + sums * whole_lines<S>(cut.block);
     parallel_with_scratch<S>(tiles + states, p.threads, numbers, [&](int64_t i, S* scratch, int64_t) {
         i < tiles ? tile(i, scratch) : empty_sequence(i - tiles);
     });
