@@ -2,23 +2,26 @@
 
 For each op, dtype and direction: the time of every config of a backend by the GPU's own clock, with an empty cache; the
 bytes that any implementation must move, by that time, as a share of what a copy of a large tensor reaches in the same
-run; and flash-linear-attention's kernels beside it, where they are installed. `>` marks what runs where nothing was
-measured: a config that was predicted, else the default. A config whose results differ from the default's says so; this
-is no proof of either (`mixers doctor` compares with the loop). A peer's backward pass is that of a graph that is kept.
+run. `>` marks what runs where nothing was measured: a config that was predicted, else the default. A config whose
+results differ from the default's says so; this is no proof of either (`mixers doctor` compares with the loop).
 
-Then attention beside recurrent ops, for as many tokens at every length. Every row is printed, and with --out saved, as
-soon as it is known. Elsewhere than on a GPU rows are timed by the process's clock, and only show that all of it runs.
+Then flash-linear-attention's kernels beside them, where they are installed: a peer's backward pass is that of a graph
+that is kept. Then attention beside recurrent ops, for as many tokens at every length. Every row is printed, and with
+--out saved, as soon as it is known. Elsewhere than on a GPU rows are timed by the process's clock, and only show that
+all of it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +40,10 @@ COPIED_MIB = 1024
 LENGTHS, TOKENS = (2048, 8192, 32768), 65536
 # Of an output's largest number; two right configs round in another order
 CLOSE = 0.05
+PARTS = ("kernels", "peers", "attention")
+DIRECTIONS = ("forward", "backward")
+# What compiling may take of the minutes
+COMPILING = 0.5
 
 
 def configs(
@@ -120,52 +127,77 @@ def backward(timed: Timed) -> Run:
     return lambda: torch.autograd.grad(y, leaves, gradient, retain_graph=True, allow_unused=True)
 
 
-def kernels(report: Report, given: argparse.Namespace, copy: float) -> None:
-    summary = []
+def mine(report: Report, given: argparse.Namespace) -> Iterator[tuple[Subject, torch.dtype, str]]:
+    """What this process has to do, in the order of its importance, while there is time."""
     for dtype in given.dtypes:
         for subject in SUBJECTS:
-            for direction in ("forward", "backward"):
-                if not report.mine() or report.over or (given.op and subject.op not in given.op):
-                    continue
-                try:
-                    found = configs(report, subject, given, dtype, direction, copy)
-                    peer = theirs(report, subject, given, dtype, direction) if subject.case else None
-                except Exception as error:
-                    line = f"{subject.name} {direction}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                    report.add(line, kind="error", what=subject.name)
-                    continue
-                finally:
-                    if accelerated(given.device):
-                        torch.accelerator.memory.empty_cache()
-                ruled = found.pop("rule", None)
-                if found:
-                    best = min(found, key=found.__getitem__)
-                    summary.append((subject, direction, dtype, best, found[best], ruled, peer))
+            for direction in DIRECTIONS:
+                if report.mine() and not report.over and (not given.op or subject.op in given.op):
+                    yield subject, dtype, direction
+
+
+@contextlib.contextmanager
+def reported(report: Report, given: argparse.Namespace, what: str) -> Iterator[None]:
+    """A failure is a row, and all memory is given back."""
+    try:
+        yield
+    except Exception as error:
+        line = f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        report.add(line, kind="error", what=what)
+    finally:
+        if accelerated(given.device):
+            torch.accelerator.memory.empty_cache()
+
+
+def everything(report: Report, given: argparse.Namespace, copy: float) -> None:
+    """The kernels and their peers, and a line each."""
+    ours, peers = dict[str, dict[str, float]](), dict[str, float]()
+    for part in [part for part in PARTS[:2] if part in given.parts]:
+        for subject, dtype, direction in mine(report, given):
+            what = f"{subject.name} {direction} {str(dtype).removeprefix('torch.')}"
+            with reported(report, given, what):
+                if part == "kernels":
+                    ours[what] = configs(report, subject, given, dtype, direction, copy)
+                elif subject.case and (seconds := theirs(report, subject, given, dtype, direction)) is not None:
+                    peers[what] = seconds
     if report.compiles is not None:
         return
-    print(f"\n{'':40} {'best config':48} {'µs':>10} {'of a copy':>10} {'ours / fla':>11} {'rule / best':>12}")
     shares: dict[str, float] = {}
     for row in report.rows:
         if "share" in row:
             shares[row["what"]] = max(shares.get(row["what"], 0.0), row["share"])
-    for subject, direction, dtype, best, seconds, ruled, peer in summary:
-        what = f"{subject.name} {direction} {str(dtype).removeprefix('torch.')}"
-        ratio = "" if peer is None else f"{seconds / peer:.2f}"
-        rule = "" if ruled is None else f"{ruled / seconds:.2f}"
-        print(f"{what:40} {best:48} {1e6 * seconds:10.1f} {shares[what]:10.0%} {ratio:>11} {rule:>12}")
+    print(f"\n{'':40} {'best config':48} {'µs':>10} {'of a copy':>10} {'ours / fla':>11} {'rule / best':>12}")
+    for what, found in ours.items():
+        ruled = found.pop("rule", None)
+        if found:
+            best = min(found, key=found.__getitem__)
+            ratio = f"{found[best] / peers[what]:.2f}" if what in peers else ""
+            rule = "" if ruled is None else f"{ruled / found[best]:.2f}"
+            print(f"{what:40} {best:48} {1e6 * found[best]:10.1f} {shares[what]:10.0%} {ratio:>11} {rule:>12}")
 
 
-def compile_apart(count: int) -> None:
+def compile_apart(count: int, seconds: float) -> None:
     """This very command in so many processes, each of which calls its part once: what they compile stays on disk. What
-    fla's autotuner finds while others use the GPU does not."""
+    fla's autotuner finds while others use the GPU does not. What is not ready in time is compiled when it is timed."""
     start, environment = time.monotonic(), {"FLA_CACHE_RESULTS": "0", **os.environ}
     command = [sys.executable, *sys.argv, "--processes", "1", "--minutes", "60", "--compiles"]
-    parts = [
-        subprocess.Popen([*command, str(number), str(count)], env=environment, stdout=subprocess.DEVNULL)
-        for number in range(count)
-    ]
-    failed = sum(part.wait() != 0 for part in parts)
-    print(f"compiled in {time.monotonic() - start:.0f} s{f'; {failed} processes failed' if failed else ''}", flush=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    parts = [subprocess.Popen([*command, str(number), str(count)], env=environment, **quiet) for number in range(count)]
+    late = 0
+    try:
+        for part in parts:
+            try:
+                part.wait(max(0.0, start + seconds - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                late += 1
+    finally:
+        for part in parts:
+            if part.poll() is None:
+                os.killpg(part.pid, signal.SIGKILL)
+    failed = sum(part.wait() > 0 for part in parts)
+    more = f"; {late} processes were not done" if late else ""
+    more += f"; {failed} processes failed" if failed else ""
+    print(f"compiled in {time.monotonic() - start:.0f} s{more}", flush=True)
 
 
 def main() -> int:
@@ -176,7 +208,7 @@ def main() -> int:
     parser.add_argument("--backend", default="triton", help="whose configs are timed")
     parser.add_argument("--op", action="append", choices=list(OPS), help="repeat it; by default all but attention")
     parser.add_argument("--dtype", action="append", help="repeat it; by default bfloat16, then float32")
-    parser.add_argument("--part", choices=("kernels", "attention"), help="by default both")
+    parser.add_argument("--part", action="append", choices=PARTS, help="repeat it; by default all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="beside attention, of all sequences")
@@ -189,16 +221,17 @@ def main() -> int:
         print("there is no GPU here; --device cpu --backend native --length 64 tries the script")
         return 2
     given.dtypes = [getattr(torch, name) for name in given.dtype or ("bfloat16", "float32")]
+    given.parts = given.part or PARTS
+    deadline = time.monotonic() + 60 * given.minutes
     if given.processes > 1:
-        compile_apart(given.processes)
-    report = Report(given.device, given.out, time.monotonic() + 60 * given.minutes, given.compiles)
+        compile_apart(given.processes, 60 * given.minutes * COMPILING)
+    report = Report(given.device, given.out, deadline, given.compiles)
     copy = 1.0
     if given.compiles is None:
         print(f"{autotune.fingerprint(given.device)}, torch {torch.__version__}")
         copy = copied(report, given.copied)
-    if given.part != "attention":
-        kernels(report, given, copy)
-    if given.part != "kernels":
+    everything(report, given, copy)
+    if "attention" in given.parts:
         beside_attention(report, given)
     if report.over:
         print("the time is over; --minutes gives more")
