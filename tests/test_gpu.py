@@ -2,7 +2,7 @@
 
     pytest tests/test_gpu.py -n 14
 
-Many small tests, so that compilers work side by side: our kernels first, then generated code and other packages' kernels.
+Many small tests, so that compilers work side by side: our kernels first, then generated code and others' kernels.
 With few minutes, `-k "not fla and not flex and not compiled"` leaves out what takes the longest.
 """
 
