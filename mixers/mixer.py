@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixers.options import check_types
+from mixers.options import check_backend, check_types
 from mixers.state import Layout, State, layout_of, leaves, parts
 
 
@@ -169,7 +169,9 @@ def _remember_arguments(init: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         remembered = dict(list(bound.arguments.items())[1:])
-        check_types(_name(type(self)), init, remembered)
+        name = _name(type(self))
+        check_types(name, init, remembered)
+        check_backend(name, self.ops, remembered.get("backend", "auto"))
         init(self, *args, **kwargs)
         # the outermost constructor is the one that was called, and it comes last
         object.__setattr__(self, "_config", remembered)

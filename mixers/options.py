@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
 from typing import Any
@@ -22,6 +22,19 @@ def check_types(who: str, init: Callable[..., None], given: Mapping[str, Any]) -
         if kinds is not None and not _is(value, kinds):
             names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
             raise TypeError(f"{who}: {option} is {value!r}, expected {names}")
+
+
+def check_backend(who: str, ops: Sequence[str], backend: str) -> None:
+    """Raises ValueError for a backend that none of these ops has; "auto" passes."""
+    if backend == "auto":
+        return
+    # all ops are imported only for who names a backend
+    from kernels.catalogue import OPS
+
+    known = [OPS[name] for name in ops if name in OPS]
+    if known and not any(backend == each.name for op in known for each in op.backends):
+        names = dict.fromkeys(each.name for op in known for each in op.backends)
+        raise ValueError(f"{who}: no backend {backend!r}; there are auto, {', '.join(names)}")
 
 
 def positive(who: str, **options: float | None) -> None:

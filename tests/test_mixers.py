@@ -111,6 +111,11 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
         r"Stack: state has \[0\], but here 1 belongs to it",
         lambda: mixers.Stack(8, ["hgrn", "gla"])(torch.zeros(2, 2, 8), mixers.Stack(8, ["hgrn"]).init_state(2)),
     ),
+    "backend": (
+        ValueError,
+        "hgrn: no backend 'nativ'; there are auto, naive",
+        lambda: mixers.build("hgrn", 8, backend="nativ"),
+    ),
     "option of another type": (TypeError, "gla: heads is 2.0, expected int or None", lambda: mixers.GLA(8, heads=2.0)),
     "a word for a flag": (
         TypeError,
