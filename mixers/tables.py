@@ -51,7 +51,7 @@ def saved(folder: Path) -> pd.DataFrame:
 def sources(kind: str, name: str, device: str) -> str:
     """A hash of what an op or a mixer is made of, in its own file and in its ops: with others, a row is stale.
 
-    device: its type or its name in the tables. Empty for what is not there.
+    device: a type, or a name in the tables, where those of CPUs begin with "cpu". Empty for what is not there.
     """
     device = "cpu" if device.startswith("cpu") else "gpu"
     if kind == "op":

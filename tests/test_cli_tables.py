@@ -187,9 +187,9 @@ def test_rows_of_other_sources_are_stale(tmp_path: Path) -> None:
     file = benchmark_json(tmp_path / "a.json")
     data = json.loads(file.read_text())
     native, naive, hgrn, attention = data["benchmarks"]
-    native["extra_info"]["source"] = tables.sources("op", "scan", "cpu")
+    native["extra_info"]["source"] = tables.sources("op", "scan", "toy-device")
     naive["extra_info"]["source"] = "of another day"
-    hgrn["extra_info"]["source"] = tables.sources("mixer", "hgrn", "cpu")
+    hgrn["extra_info"]["source"] = tables.sources("mixer", "hgrn", "toy-device")
     attention["extra_info"]["name"] = "of another package"
     file.write_text(json.dumps(data))
     assert list(tables.current(tables.read(file))["test"]) == [
