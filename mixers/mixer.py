@@ -171,7 +171,8 @@ def _remember_arguments(init: Any) -> Any:
         remembered = dict(list(bound.arguments.items())[1:])
         name = _name(type(self))
         check_types(name, init, remembered)
-        check_backend(name, self.ops, remembered.get("backend", "auto"))
+        # models have no ops of their own
+        check_backend(name, getattr(self, "ops", ()), remembered.get("backend", "auto"))
         init(self, *args, **kwargs)
         # the outermost constructor is the one that was called, and it comes last
         object.__setattr__(self, "_config", remembered)
