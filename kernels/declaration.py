@@ -48,9 +48,9 @@ class Declaration:
     differentiable_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
 
     def source(self, device: str) -> str:
-        """A hash of the op's sources for a type of device, and of what they share with others: with other sources, its
-        rows are stale."""
-        kind = "cpu" if device == "cpu" else "gpu"
+        """A hash of the op's sources for a device, and of what they share with others: with other sources, its rows are
+        stale. device: a type, or a name in the tables, where those of CPUs begin with "cpu"."""
+        kind = "cpu" if device.startswith("cpu") else "gpu"
         if kind not in self._sources:
             self._sources[kind] = sources.digest(sources.own(self._folder, kind))
         return self._sources[kind]

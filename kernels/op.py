@@ -160,21 +160,19 @@ class Op(Declaration):
             return self._locked(problem, locked, candidates)
         wrong = [(record.backend, record.config) for record in autotune.refused(key, self.source(problem.device.type))]
         candidates = [c for c in candidates if (c[0].name, c[1]) not in wrong] or candidates
-        choice = self._measured(problem, key, candidates)
+        choice = self._measured(problem, candidates)
         if choice is not None:
             return Plan(self.backend(choice.backend), choice.config, choice.origin)
         # of other packages' backends none runs unmeasured, unless there is nothing else
         last = next((b for b, _ in reversed(candidates) if not b.foreign), candidates[-1][0])
         return Plan(last, next(config for backend, config in candidates if backend is last), "rule")
 
-    def _measured(
-        self, problem: Problem, key: autotune.Key, candidates: Sequence[tuple[Backend, Config]]
-    ) -> autotune.Choice | None:
+    def _measured(self, problem: Problem, candidates: Sequence[tuple[Backend, Config]]) -> autotune.Choice | None:
         """What the tables say; nothing where timings must not decide."""
         if torch.are_deterministic_algorithms_enabled() or autotune.lock() is not None:
             return None
         offered = [(backend.name, config) for backend, config in candidates]
-        return autotune.choose(key, offered, self.source(problem.device.type), self.compiled_source)
+        return autotune.choose(self.key(problem), offered, self.source(problem.device.type), self.compiled_source)
 
     def require(self, backend: Backend, problem: Problem) -> None:
         """Raises RuntimeError, with the reasons, where a backend cannot run the problem."""
@@ -187,7 +185,7 @@ class Op(Declaration):
         """The backend with its best config. Others are not even asked: that may compile them."""
         self.require(backend, problem)
         configs = backend.configs(problem)
-        choice = self._measured(problem, self.key(problem), [(backend, config) for config in configs])
+        choice = self._measured(problem, [(backend, config) for config in configs])
         return Plan(backend, choice.config, choice.origin) if choice else Plan(backend, configs[0], "named")
 
     def _locked(self, problem: Problem, locked: Locked, candidates: Sequence[tuple[Backend, Config]]) -> Plan:

@@ -169,10 +169,9 @@ def _remember_arguments(init: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         remembered = dict(list(bound.arguments.items())[1:])
-        name = _name(type(self))
-        check_types(name, init, remembered)
+        check_types(_name(type(self)), init, remembered)
         # models have no ops of their own
-        check_backend(name, getattr(self, "ops", ()), remembered.get("backend", "auto"))
+        check_backend(getattr(self, "ops", ()), remembered.get("backend", "auto"))
         init(self, *args, **kwargs)
         # the outermost constructor is the one that was called, and it comes last
         object.__setattr__(self, "_config", remembered)

@@ -24,17 +24,14 @@ def check_types(who: str, init: Callable[..., None], given: Mapping[str, Any]) -
             raise TypeError(f"{who}: {option} is {value!r}, expected {names}")
 
 
-def check_backend(who: str, ops: Sequence[str], backend: str) -> None:
-    """Raises ValueError for a backend that none of these ops has; "auto" passes."""
-    if backend == "auto":
-        return
-    # all ops are imported only for who names a backend
-    from kernels.catalogue import OPS
+def check_backend(ops: Sequence[str], backend: str) -> None:
+    """Raises ValueError for a backend that the first of these ops, which mixes over time, does not have."""
+    if backend != "auto" and ops:
+        # all ops are imported only for who names a backend
+        from kernels.catalogue import OPS
 
-    known = [OPS[name] for name in ops if name in OPS]
-    if known and not any(backend == each.name for op in known for each in op.backends):
-        names = dict.fromkeys(each.name for op in known for each in op.backends)
-        raise ValueError(f"{who}: no backend {backend!r}; there are auto, {', '.join(names)}")
+        if ops[0] in OPS:
+            OPS[ops[0]].backend(backend)
 
 
 def positive(who: str, **options: float | None) -> None:

@@ -51,9 +51,8 @@ def saved(folder: Path) -> pd.DataFrame:
 def sources(kind: str, name: str, device: str) -> str:
     """A hash of what an op or a mixer is made of, in its own file and in its ops: with others, a row is stale.
 
-    device: a type, or a name in the tables, where those of CPUs begin with "cpu". Empty for what is not there.
+    device: as for `Op.source`. Empty for what is not there.
     """
-    device = "cpu" if device.startswith("cpu") else "gpu"
     if kind == "op":
         return OPS[name].source(device) if name in OPS else ""
     if name not in registry.names():

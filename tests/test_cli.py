@@ -145,7 +145,7 @@ def test_doctor_fails_where_a_gradient_is_wrong(monkeypatch: pytest.MonkeyPatch)
             "error: --device is 'gpu', expected cpu, cuda, cuda:1, mps or the like",
             2,
         ),
-        (["explain", "hgrn", *SMALL, "-o", "backend=fast"], "error: hgrn: no backend 'fast'; there are auto, naive", 2),
+        (["explain", "hgrn", *SMALL, "-o", "backend=fast"], "error: hgru: no backend 'fast'; there are auto, naive", 2),
         (["explain", "hgrn", *SMALL, "-o", "backend=triton"], "error: hgru: backend 'triton' cannot run", 1),
         (["explain", "hgrn", "--dim", "0"], "Invalid value for '--dim'", 2),
         (["explain", "hgrn", "--dtype", "int8"], "Invalid value for '--dtype'", 2),

@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
     ),
     "backend": (
         ValueError,
-        "hgrn: no backend 'nativ'; there are auto, naive",
+        "hgru: no backend 'nativ'; there are auto, naive",
         lambda: mixers.build("hgrn", 8, backend="nativ"),
     ),
     "option of another type": (TypeError, "gla: heads is 2.0, expected int or None", lambda: mixers.GLA(8, heads=2.0)),
