@@ -13,7 +13,7 @@ from kernels.attention.cache import align, append, recent
 from kernels.attention.step import can_step, step
 from kernels.problem import state_dtype
 from mixers.heads import of_each_row, split
-from mixers.mixer import SequenceMixer, autocasts
+from mixers.mixer import SequenceMixer, autocasts, placed
 from mixers.options import positive
 from mixers.parts import kept_frequencies, rotate
 from mixers.projections import project
@@ -96,8 +96,7 @@ class Attention(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.k_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.k_proj, device, dtype)
         if autocasts(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         empty = torch.zeros(batch, 0, self.kv_heads, self.head_dim, device=device, dtype=dtype)

@@ -13,7 +13,7 @@ from kernels.problem import state_dtype
 from mixers.attention import Attention
 from mixers.heads import heads_for, split
 from mixers.linear_attention import attend
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.projections import project, project_each
 from mixers.registry import register
 
@@ -75,8 +75,8 @@ class Based(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
-        weight, d = self.q_proj.weight, self.feature_dim
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.q_proj, device, dtype)
+        d = self.feature_dim
         shape = batch, self.heads, 1 + d + d * (d + 1) // 2, self.dim // self.heads + 1
         state: dict[str, Any] = {"S": torch.zeros(shape, device=device, dtype=state_dtype(dtype))}
         if self.window is not None:

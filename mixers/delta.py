@@ -16,7 +16,7 @@ from kernels.lone import alone, readable
 from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.heads import GatedNorm, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.parts import cast
 from mixers.projections import project, untouched
 
@@ -45,8 +45,7 @@ class DeltaMixer(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.o_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.o_proj, device, dtype)
         shape = batch, self.qkv.value_heads, self.key_width, self.value_width
         S = torch.zeros(shape, device=device, dtype=state_dtype(dtype))
         return {"S": S, **self.qkv.init_state(batch, device, dtype)}

@@ -13,7 +13,7 @@ from kernels.gla.gated_step import step
 from kernels.problem import state_dtype
 from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
@@ -84,9 +84,9 @@ class GLA(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.q_proj.weight
+        device, dtype = placed(self.q_proj, device, dtype)
         shape = batch, self.heads, self.key_width, self.value_width
-        return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
+        return {"S": torch.zeros(shape, device=device, dtype=state_dtype(dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v, decay, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.decay_proj, self.g_proj)

@@ -13,7 +13,7 @@ from kernels.gla.step import can_step, slot_step
 from kernels.gla.transposed import gla_transposed
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
@@ -74,8 +74,8 @@ class GSA(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.q_proj.weight
-        device, wide = device or weight.device, state_dtype(dtype or weight.dtype)
+        device, dtype = placed(self.q_proj, device, dtype)
+        wide = state_dtype(dtype)
         K = torch.zeros(batch, self.heads, self.slots, self.dim // self.heads, device=device, dtype=wide)
         return {"K": K, "V": K.clone()}
 

@@ -14,7 +14,7 @@ from kernels.lone import alone
 from kernels.problem import state_dtype
 from kernels.projections import ROWS
 from mixers.heads import GatedNorm
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.options import positive
 from mixers.parts import LowerBounded, choice
 from mixers.projections import plain_maps, project, untouched
@@ -106,8 +106,7 @@ class HGRN(LowerBounded, SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.f_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.f_proj, device, dtype)
         shape = (batch, self.width, 2) if self.complex else (batch, self.width)
         state = {"h": torch.zeros(shape, device=device, dtype=state_dtype(dtype))}
         if self.short_conv:

@@ -15,7 +15,7 @@ from kernels.lone import readable
 from kernels.problem import state_dtype
 from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.parts import LowerBounded, cast
 from mixers.projections import project
 from mixers.registry import register
@@ -68,9 +68,10 @@ class HGRN2(LowerBounded, SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight, width = self.f_proj.weight, self.dim // self.heads
+        device, dtype = placed(self.f_proj, device, dtype)
+        width = self.dim // self.heads
         shape = batch, self.heads, width, width
-        return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
+        return {"S": torch.zeros(shape, device=device, dtype=state_dtype(dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, v, f = project(x, self.q_proj, self.i_proj, self.f_proj)

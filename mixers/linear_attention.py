@@ -13,7 +13,7 @@ from kernels.gla import gla
 from kernels.gla.step import can_step, step
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.parts import choice
 from mixers.projections import project
 from mixers.registry import register
@@ -69,7 +69,7 @@ class LinearAttention(SequenceMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.features = FEATURES[choice("linear_attention", "feature_map", feature_map, FEATURES)]
+        self.feature_map = choice("linear_attention", "feature_map", feature_map, FEATURES)
         if normalize and feature_map not in POSITIVE:
             raise ValueError(
                 f"linear_attention: feature_map {feature_map!r} can be negative, and so the sum that normalize=True "
@@ -86,13 +86,14 @@ class LinearAttention(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.q_proj.weight
+        device, dtype = placed(self.q_proj, device, dtype)
         shape = batch, self.heads, self.width, self.width + self.normalize
-        return {"S": torch.zeros(shape, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype))}
+        return {"S": torch.zeros(shape, device=device, dtype=state_dtype(dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         q, k, v = (split(row, self.heads) for row in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.features(q), self.features(k)
+        features = FEATURES[self.feature_map]
+        q, k = features(q), features(k)
         y, S = attend(q, k, v, state["S"], self.normalize, cu_seqlens, self.backend)
         y = y.flatten(-2) if self.norm is None else self.norm(y)
         return project(y, self.o_proj)[0], {"S": S}

@@ -15,7 +15,7 @@ from kernels.gla.step import can_step, space_step
 from kernels.problem import state_dtype
 from kernels.short_conv import short_conv
 from mixers.heads import GatedNorm, heads_for, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project
@@ -91,8 +91,7 @@ class Mamba2(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.in_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.in_proj, device, dtype)
         shape = batch, self.heads, self.state_dim, self.inner // self.heads
         conv = torch.zeros(batch, self.short_conv - 1, self.conv.shape[0], device=device, dtype=dtype)
         return {"S": torch.zeros(shape, device=device, dtype=state_dtype(dtype)), "conv": conv}

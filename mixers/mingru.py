@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.hgru import hgru
 from kernels.problem import state_dtype
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.options import positive
 from mixers.projections import project
 from mixers.registry import register
@@ -56,12 +56,8 @@ class MinGRU(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.z_proj.weight
-        return {
-            "h": torch.zeros(
-                batch, self.width, device=device or weight.device, dtype=state_dtype(dtype or weight.dtype)
-            )
-        }
+        device, dtype = placed(self.z_proj, device, dtype)
+        return {"h": torch.zeros(batch, self.width, device=device, dtype=state_dtype(dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         z, c = project(x, self.z_proj, self.h_proj)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels.problem import state_dtype
 from kernels.scan import scan
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.options import positive
 from mixers.parts import choice
 from mixers.projections import project
@@ -72,8 +72,7 @@ class MinLSTM(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.f_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.f_proj, device, dtype)
         return {"h": torch.zeros(batch, self.width, device=device, dtype=state_dtype(dtype))}
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:

@@ -105,14 +105,15 @@ class SequenceMixer(nn.Module):
                     f"{name}: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, "
                     "expected int32 or int64 [N + 1]"
                 )
+            _check_device(name, "cu_seqlens is", cu_seqlens.device, x.device)
             batch = cu_seqlens.shape[0] - 1
         if state is None:
             return
         if not self.causal:
             raise ValueError(f"{name}: a bidirectional mixer has no state, but one was passed")
-        self._check_state(name, state, batch)
+        self._check_state(name, state, batch, x.device)
 
-    def _check_state(self, name: str, state: State, batch: int) -> None:
+    def _check_state(self, name: str, state: State, batch: int, device: torch.device) -> None:
         """The state has the parts and sizes of this mixer's: it is neither another mixer's nor of other options."""
         found, layout = parts(state), self._layout
         if layout is None and not torch.compiler.is_compiling():
@@ -124,21 +125,38 @@ class SequenceMixer(nn.Module):
             if type(leaf) is not Tensor:
                 if part not in found:
                     raise ValueError(f"{name}: state has {[*found]}, but here {part!r} belongs to it")
+                if known is not None and not isinstance(leaf, Tensor):
+                    raise TypeError(f"{name}: state {part!r} is a {type(leaf).__name__}, expected a tensor")
                 for inner in leaves(leaf):
                     _check_batch(name, inner.shape, batch)
                 continue
             shape = leaf.shape
-            if shape[0] != batch:
+            if not shape or shape[0] != batch:
                 _check_batch(name, shape, batch)
-            if known is not None and shape[known[0] :] != known[1]:
+            if leaf.device != device:
+                _check_device(name, f"state {part!r} is", leaf.device, device)
+            if known is None:
+                continue
+            if shape[known[0] :] != known[1]:
                 expected = ", ".join(["batch", *["any"] * (known[0] - 1), *map(str, known[1])])
                 raise ValueError(f"{name}: state {part!r} is {list(shape)}, expected [{expected}]")
+            # a count that was cast along with the rest would be rounded
+            if leaf.is_floating_point() is not known[2]:
+                kind = "a floating-point" if known[2] else "an integer"
+                raise TypeError(f"{name}: state {part!r} is {leaf.dtype}, expected {kind} dtype")
         if layout is not None and len(found) != len(layout):
             for part in found.keys() - layout.keys() - self.state_may_have:
                 raise ValueError(f"{name}: state has {part!r}, but here {[*layout]} belong to it")
 
 
+def _check_device(name: str, what: str, found: torch.device, expected: torch.device) -> None:
+    if found != expected:
+        raise ValueError(f"{name}: {what} on {found}, but x is on {expected}")
+
+
 def _check_batch(name: str, shape: torch.Size, batch: int) -> None:
+    if not shape:
+        raise ValueError(f"{name}: a tensor of the state is a single number, expected axis batch of {batch} first")
     if shape[0] != batch:
         raise ValueError(f"{name}: axis batch is {shape[0]} in state but {batch} in x and cu_seqlens")
 
@@ -148,6 +166,16 @@ def autocasts(kind: str) -> bool:
     # the compiler of torch 2.11 cannot trace the question
     there = kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind)
     return there and torch.is_autocast_enabled(kind)
+
+
+def placed(
+    beside: nn.Module, device: torch.device | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype as given, or those of a projection, in whose place somebody may have put any other module."""
+    if device is not None and dtype is not None:
+        return device, dtype
+    first = next((p for p in beside.parameters() if p.is_floating_point()), torch.empty(0))
+    return device or first.device, dtype or first.dtype
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:

@@ -17,10 +17,10 @@ from kernels.packing import Packing
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from mixers.heads import GatedNorm, heads_for, of_each_row, previous, split
-from mixers.mixer import SequenceMixer, autocasts
+from mixers.mixer import SequenceMixer, autocasts, placed
 from mixers.options import positive
 from mixers.parts import cast
-from mixers.projections import project
+from mixers.projections import plain_maps, project
 from mixers.registry import register
 
 
@@ -91,8 +91,8 @@ class MLSTM(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.q_proj.weight
-        device, wide = device or weight.device, state_dtype(dtype or weight.dtype)
+        device, dtype = placed(self.q_proj, device, dtype)
+        wide = state_dtype(dtype)
         S = torch.zeros(batch, self.heads, self.key_width, self.value_width + 1, device=device, dtype=wide)
         return {"S": S, "m": torch.zeros(batch, self.heads, device=device, dtype=wide)}
 
@@ -131,10 +131,14 @@ class MLSTM(SequenceMixer):
         casts = autocasts(kind)
         if x.shape[1] == 1 and x.dtype == wide and not casts:
             return project(x, *projections)
-        weight, bias = torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
         # making the context takes as long as the product of one token
         exact = torch.autocast(kind, enabled=False) if casts else contextlib.nullcontext()
+        maps = plain_maps(self, "i_proj", "f_proj")
         with exact:
+            if maps is None or any(bias is None for _, bias in maps):
+                # somebody else's modules, or hooks: as they are, in their dtype
+                return [cast(p(cast(x, placed(p, None, None)[1])), wide) for p in projections]
+            weight, bias = (torch.cat(parts) for parts in zip(*maps))
             return F.linear(cast(x, wide), cast(weight, wide), cast(bias, wide)).chunk(2, -1)
 
 

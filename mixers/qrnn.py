@@ -11,7 +11,7 @@ from kernels.hgru import hgru
 from kernels.problem import state_dtype
 from kernels.scan import scan
 from kernels.short_conv import short_conv
-from mixers.mixer import SequenceMixer, activation_dtype
+from mixers.mixer import SequenceMixer, activation_dtype, placed
 from mixers.parts import choice
 from mixers.projections import project
 from mixers.registry import register
@@ -61,7 +61,7 @@ class QRNN(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        device, dtype = device or self.proj.weight.device, dtype or self.proj.weight.dtype
+        device, dtype = placed(self.proj, device, dtype)
         return {
             "c": torch.zeros(batch, self.dim, device=device, dtype=state_dtype(dtype)),
             "x": torch.zeros(batch, self.window - 1, self.dim, device=device, dtype=dtype),

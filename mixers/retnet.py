@@ -11,7 +11,7 @@ from kernels.gla import gla
 from kernels.gla.step import can_step, retention_step
 from kernels.problem import state_dtype
 from mixers.heads import GatedNorm, heads_for, of_each_row, split
-from mixers.mixer import SequenceMixer
+from mixers.mixer import SequenceMixer, placed
 from mixers.options import positive
 from mixers.parts import kept_frequencies, rotate
 from mixers.projections import project
@@ -77,8 +77,8 @@ class RetNet(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.q_proj.weight
-        device, wide = device or weight.device, state_dtype(dtype or weight.dtype)
+        device, dtype = placed(self.q_proj, device, dtype)
+        wide = state_dtype(dtype)
         S = torch.zeros(batch, self.heads, self.key_width, self.value_width, device=device, dtype=wide)
         return {"S": S, "length": torch.zeros(batch, dtype=torch.int64, device=device)}
 

@@ -13,7 +13,7 @@ from kernels.gla.step import can_step, shift_step
 from kernels.problem import state_dtype
 from mixers.gated import for_step
 from mixers.heads import GatedNorm, heads_for, previous, split
-from mixers.mixer import SequenceMixer, activation_dtype
+from mixers.mixer import SequenceMixer, activation_dtype, placed
 from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import project, project_each
@@ -93,8 +93,8 @@ class RWKV6(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight, width = self.o_proj.weight, self.dim // self.heads
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.o_proj, device, dtype)
+        width = self.dim // self.heads
         S = torch.zeros(batch, self.heads, width, width, device=device, dtype=state_dtype(dtype))
         return {"S": S, "last": torch.zeros(batch, 1, self.dim, device=device, dtype=dtype)}
 

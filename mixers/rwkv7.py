@@ -15,7 +15,7 @@ from kernels.lone import alone
 from kernels.problem import state_dtype
 from kernels.projections import ROWS
 from mixers.heads import GatedNorm, heads_for, previous, split
-from mixers.mixer import SequenceMixer, activation_dtype
+from mixers.mixer import SequenceMixer, activation_dtype, placed
 from mixers.options import positive
 from mixers.parts import cast
 from mixers.projections import plain_maps, project, project_each, untouched
@@ -120,8 +120,7 @@ class RWKV7(SequenceMixer):
     def init_state(
         self, batch: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        weight = self.o_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = placed(self.o_proj, device, dtype)
         shape = batch, self.heads, self.key_width, self.key_width
         return {
             "S": torch.zeros(shape, device=device, dtype=state_dtype(dtype)),

@@ -46,9 +46,9 @@ def parts(state: State) -> Mapping[Any, Any]:
     return dict(enumerate(state)) if isinstance(state, tuple) else {0: state}
 
 
-# Of each part the first axis from which on sizes are known, and these. It is behind the batch, and behind an axis that
-# is empty at the start and grows. None for a tree within the tree.
-Layout: TypeAlias = "dict[Any, tuple[int, tuple[int, ...]] | None]"
+# Of each part the first axis from which on sizes are known, these, and whether its dtype is a floating-point one. The
+# axis is behind the batch, and behind one that is empty at the start and grows. None for a tree within the tree.
+Layout: TypeAlias = "dict[Any, tuple[int, tuple[int, ...], bool] | None]"
 
 
 def layout_of(initial: State) -> Layout:
@@ -58,7 +58,7 @@ def layout_of(initial: State) -> Layout:
         layout[name] = None
         if isinstance(part, Tensor):
             first = max([1, *(axis + 1 for axis, size in enumerate(part.shape) if size == 0)])
-            layout[name] = first, tuple(part.shape[first:])
+            layout[name] = first, tuple(part.shape[first:]), part.is_floating_point()
     return layout
 
 

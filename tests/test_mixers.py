@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -106,6 +108,42 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
             torch.zeros(2, 2, 8), mixers.build("attention", 8, heads=2)(torch.zeros(2, 3, 8))[1]
         ),
     ),
+    "a state without its tensor": (
+        TypeError,
+        "GLA: state 'S' is a NoneType, expected a tensor",
+        lambda: mixers.build("gla", 8)(torch.zeros(2, 2, 8), {"S": None}),
+    ),
+    "a state of one number": (
+        ValueError,
+        "HGRN: a tensor of the state is a single number, expected axis batch of 2",
+        lambda: mixers.build("hgrn", 8)(torch.zeros(2, 2, 8), {"h": torch.tensor(0.0)}),
+    ),
+    "a count that was cast": (
+        TypeError,
+        "Attention: state 'length' is torch.bfloat16, expected an integer dtype",
+        lambda: (m := mixers.build("attention", 8))(
+            torch.zeros(2, 2, 8), state.apply(torch.Tensor.bfloat16, m.init_state(2))
+        ),
+    ),
+    "a state of integers": (
+        TypeError,
+        "GatedConv: state 'conv' is torch.int64, expected a floating-point dtype",
+        lambda: (m := mixers.build("gated_conv", 8))(
+            torch.zeros(2, 2, 8), state.apply(torch.Tensor.long, m.init_state(2))
+        ),
+    ),
+    "a state elsewhere": (
+        ValueError,
+        "RetNet: state 'S' is on meta, but x is on cpu",
+        lambda: (m := mixers.build("retnet", 8))(torch.zeros(2, 2, 8), state.to(m.init_state(2), "meta")),
+    ),
+    "borders elsewhere": (
+        ValueError,
+        "MLSTM: cu_seqlens is on meta, but x is on cpu",
+        lambda: mixers.build("mlstm", 8)(
+            torch.zeros(1, 2, 8), cu_seqlens=torch.zeros(2, dtype=torch.int64, device="meta")
+        ),
+    ),
     "a stack's state": (
         ValueError,
         r"Stack: state has \[0\], but here 1 belongs to it",
@@ -173,6 +211,56 @@ def test_shapes_without_numbers(name: str) -> None:
     y, after = layer(x)
     assert y.shape == x.shape
     assert layer(x, after)[0].is_meta
+
+
+class Adapted(nn.Module):
+    """A linear map with a low-rank change beside it, and no weight of its own."""
+
+    def __init__(self, whole: nn.Linear) -> None:
+        super().__init__()
+        self.whole, self.down = whole, nn.Linear(whole.in_features, 1, bias=False)
+        self.up = nn.Linear(1, whole.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x) + self.up(self.down(x))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        self.whole.weight += self.up.weight @ self.down.weight
+        return self.whole
+
+
+def _exchanged(module: nn.Module, kind: type[nn.Module], other: Callable[[Any], nn.Module]) -> None:
+    for name, child in module.named_children():
+        if type(child) is kind:
+            setattr(module, name, other(child))
+        else:
+            _exchanged(child, kind, other)
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_what_stands_in_a_projections_place_is_called(name: str) -> None:
+    torch.manual_seed(0)
+    layer, x = mixers.build(name, 12).double(), torch.randn(2, 5, 12).double()
+    _exchanged(layer, nn.Linear, lambda linear: Adapted(linear).double())
+    found, states = layer(x), layer.init_state(2)
+    tokens, after = [], states
+    with torch.no_grad():
+        for token in x.split(1, 1):
+            y, after = layer(token, after)
+            tokens.append(y)
+    assert state.leaves(states)[0].dtype == torch.float64
+    _exchanged(layer, Adapted, Adapted.merged)
+    y, last = layer(x)
+    torch.testing.assert_close((found[0], torch.cat(tokens, 1)), (y, y))
+    torch.testing.assert_close(layer.comparable(after), layer.comparable(last))
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_layers_are_pickled(name: str) -> None:
+    layer, x = mixers.build(name, 12), torch.randn(1, 3, 12)
+    again = pickle.loads(pickle.dumps(layer))
+    torch.testing.assert_close(again(x)[0], layer(x)[0], rtol=0, atol=0)
 
 
 class Plugin(SequenceMixer):
