@@ -103,6 +103,22 @@ constexpr int lanes = sizeof(V) / sizeof(std::declval<V>()[0]);
 template <class V, int K>
 constexpr int lanes<Group<V, K>> = K * lanes<V>;
 
+// Part k of P lanes, which may be all of them.
+template <int P, class V>
+INLINE auto& lanes_of(V& v, int k) {
+    if constexpr (lanes<std::remove_const_t<V>> == P) return v;
+    else return v.v[k];
+}
+
+// f<P>(k) for each part of P lanes of W: one vector after the other where there are few registers, else all at once.
+template <int W, class S, class F>
+INLINE void in_registers(const F& f) {
+    constexpr int P = kVectorRegisters < 32 ? kPartLanes<S, W> : W;
+    [&]<int... I>(std::integer_sequence<int, I...>) INLINE_BODY {
+        (f.template operator()<P>(I), ...);
+    }(std::make_integer_sequence<int, W / P>());
+}
+
 #define OPERATOR_OF_GROUPS(OP)                                                       \
     template <class V, int K>                                                        \
     INLINE Group<V, K> operator OP(const Group<V, K>& a, const Group<V, K>& b) {     \

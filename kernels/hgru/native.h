@@ -39,6 +39,17 @@ struct Channels {
     Vec<S, W> re, im;
 };
 
+// Part k of P channels.
+template <int P, class S, bool PAIRS, int W>
+INLINE Channels<S, PAIRS, P> part_of(const Channels<S, PAIRS, W>& v, int k) {
+    return {lanes_of<P>(v.re, k), lanes_of<P>(v.im, k)};
+}
+template <int P, class S, bool PAIRS, int W>
+INLINE void set_part(Channels<S, PAIRS, W>& v, int k, const Channels<S, PAIRS, P>& to) {
+    lanes_of<P>(v.re, k) = to.re;
+    if constexpr (PAIRS) lanes_of<P>(v.im, k) = to.im;
+}
+
 // Whether the lanes of a group hold its channels apart: even ones, then odd ones.
 template <class T, bool PAIRS, int W>
 constexpr bool kApart = std::is_same_v<T, BFloat16> && !PAIRS && kPartLanes<float, W> * 2 == W;

@@ -17,7 +17,8 @@ struct Sum {
     Sum(const void* result, int64_t n) : needed(result != nullptr), over_rows(at, needed ? multiple(n, W) : 0) {}
     template <class V>
     INLINE void add(int64_t slot, V v) {
-        store(at + slot, load<W>(at + slot) + v);
+        constexpr int P = lanes<V>;
+        store(at + slot, load<P>(at + slot) + v);
     }
     OUTLINE void leave(S* row, const Tile& t) {
         if (!needed) return;
@@ -65,47 +66,55 @@ OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const StateOf<T>*
     for_vectors<W>(n, g.backwards, [&](int64_t c, int64_t slot) INLINE_BODY {
         prefetch<false, W>(g.f, c), prefetch<false, W>(g.df, c), prefetch<PAIRS, W>(g.i, c);
         prefetch<PAIRS, W>(g.dh, c), prefetch<PAIRS, W>(g.before, c), prefetch<PAIRS, W>(g.di, c);
-        V gate, rest, slope_re, slope_im, upper = load<W>(g.constant.upper.at + slot);
-        open_sigmoids<W, S, kShort<T>>(read_numbers<PAIRS, W>(f_row + c), gate, rest);
-        V decay = upper * gate + load<W>(g.constant.lower.at + slot), share = upper * rest, ddecay;
-        auto x = read<PAIRS, W>(i_row, c), d = read<PAIRS, W>(dh_row, c), h = d;
-        if constexpr (std::is_same_v<S, T>) h = read<PAIRS, W>(h_before, c);
-        else if (h_before) h = read<PAIRS, W>(h_before, c);
-        else h = read<PAIRS, W>(initial_state, c), h.re = ordered<T, PAIRS>(h.re);
-        auto later = g.carry.template get<W>(slot);
-        x.re = activated<KIND, W, S, kShort<T>>(g.kind, x.re, slope_re);
-        d.re += later.re;
-        if constexpr (PAIRS) {
-            x.im = activated<KIND, W, S, kShort<T>>(g.kind, x.im, slope_im);
-            d.im += later.im;
-            V cos = load<W>(g.constant.cos + c), sin = load<W>(g.constant.sin + c);
-            // e^{i theta} h[t-1] and e^{-i theta} dh; one product a statement leaves no choice in what is fused
-            V re = cos * h.re, im = cos * h.im;
-            re -= sin * h.im;
-            im += sin * h.re;
-            later.re = cos * d.re;
-            later.im = cos * d.im;
-            later.re += sin * d.im;
-            later.im -= sin * d.re;
-            if (g.dtheta.needed) {
-                V turn = re * d.im;
-                turn -= im * d.re;
-                g.dtheta.add(slot, decay * turn);
+        auto f = read_numbers<PAIRS, W>(f_row + c), df = f;
+        auto i = read<PAIRS, W>(i_row, c), dh = read<PAIRS, W>(dh_row, c), before = dh, di = i;
+        if constexpr (std::is_same_v<S, T>) before = read<PAIRS, W>(h_before, c);
+        else if (h_before) before = read<PAIRS, W>(h_before, c);
+        else before = read<PAIRS, W>(initial_state, c), before.re = ordered<T, PAIRS>(before.re);
+        in_registers<W, S>([&]<int P>(int k) INLINE_BODY {
+            using V = Vec<S, P>;
+            const int64_t at = slot + k * P;
+            V gate, rest, slope_re, slope_im, upper = load<P>(g.constant.upper.at + at);
+            open_sigmoids<P, S, kShort<T>>(lanes_of<P>(f, k), gate, rest);
+            V decay = upper * gate + load<P>(g.constant.lower.at + at), share = upper * rest, ddecay;
+            auto x = part_of<P>(i, k), d = part_of<P>(dh, k), h = part_of<P>(before, k);
+            auto later = g.carry.template get<P>(at);
+            x.re = activated<KIND, P, S, kShort<T>>(g.kind, x.re, slope_re);
+            d.re += later.re;
+            if constexpr (PAIRS) {
+                x.im = activated<KIND, P, S, kShort<T>>(g.kind, x.im, slope_im);
+                d.im += later.im;
+                V cos = load<P>(g.constant.cos + c + k * P), sin = load<P>(g.constant.sin + c + k * P);
+                // e^{i theta} h[t-1] and e^{-i theta} dh; one product a statement leaves no choice in what is fused
+                V re = cos * h.re, im = cos * h.im;
+                re -= sin * h.im;
+                im += sin * h.re;
+                later.re = cos * d.re;
+                later.im = cos * d.im;
+                later.re += sin * d.im;
+                later.im -= sin * d.re;
+                if (g.dtheta.needed) {
+                    V turn = re * d.im;
+                    turn -= im * d.re;
+                    g.dtheta.add(at, decay * turn);
+                }
+                ddecay = d.re * (re - x.re);
+                ddecay += d.im * (im - x.im);
+                later.re *= decay;
+                later.im *= decay;
+                x.im = share * slope_im * d.im;
+            } else {
+                ddecay = d.re * (h.re - x.re);
+                later.re = decay * d.re;
             }
-            ddecay = d.re * (re - x.re);
-            ddecay += d.im * (im - x.im);
-            later.re *= decay;
-            later.im *= decay;
-            x.im = share * slope_im * d.im;
-        } else {
-            ddecay = d.re * (h.re - x.re);
-            later.re = decay * d.re;
-        }
-        x.re = share * slope_re * d.re;
-        g.carry.template set<W>(slot, later);
-        write<PAIRS, W>(g.di.row, c, x);
-        write_numbers<PAIRS>(g.df.row + c, ddecay * (share * gate));
-        if (g.dlower_bound.needed) g.dlower_bound.add(slot, ddecay * rest);
+            x.re = share * slope_re * d.re;
+            g.carry.template set<P>(at, later);
+            if (g.dlower_bound.needed) g.dlower_bound.add(at, ddecay * rest);
+            set_part<P>(di, k, x);
+            lanes_of<P>(df, k) = ddecay * (share * gate);
+        });
+        write<PAIRS, W>(g.di.row, c, di);
+        write_numbers<PAIRS>(g.df.row + c, df);
     });
     g.di.next(g.wide.columns);
     g.df.next(g.columns);
