@@ -165,6 +165,9 @@ def kept(i: Tensor, log_f: Tensor, m: Tensor, cu_seqlens: Tensor | None) -> Tens
     """
     exact = torch.float64 if i.device.type != "mps" else torch.float32
     i, log_f, m = (t.to(exact) for t in (i, log_f, m))
+    if cu_seqlens is not None:
+        # one sequence's NaN, which m has from what is kept, is not to reach the others by way of their common sums
+        i, log_f, m = (torch.where(t.isfinite(), t, 0.0) for t in (i, log_f, m))
     total = log_f.cumsum(1)
     own, carried = i - total, m[:, None]
     if cu_seqlens is not None:

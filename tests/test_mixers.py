@@ -303,6 +303,37 @@ def test_states_are_trees_that_can_be_cloned_selected_detached_and_moved(name: s
     assert all(leaf.is_meta for leaf in state.leaves(state.to(after, "meta")))
 
 
+@pytest.mark.parametrize("name", mixers.names())
+def test_numbers_of_a_state_may_lie_apart(name: str) -> None:
+    torch.manual_seed(0)
+    layer, x = mixers.build(name, 12), torch.randn(6, 6, 12)
+    _, after = layer(x[:, :4])
+    every_other = state.apply(lambda tensor: tensor[::2], after)
+    once = state.apply(lambda tensor: tensor[:1].expand(3, *tensor.shape[1:]), after)
+    with torch.no_grad():
+        for length in (1, 2):
+            expected = layer(x[:, 4 : 4 + length], after)[0]
+            torch.testing.assert_close(layer(x[::2, 4 : 4 + length], every_other)[0], expected[::2])
+            torch.testing.assert_close(layer(x[:1, 4 : 4 + length].expand(3, -1, -1), once)[0][2:], expected[:1])
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_what_is_not_finite_stays_in_its_sequence(name: str) -> None:
+    torch.manual_seed(0)
+    layer, x, cu_seqlens = mixers.build(name, 12), torch.randn(1, 9, 12), torch.tensor([0, 3, 6, 9])
+    y, after = layer(x, cu_seqlens=cu_seqlens)
+    for n in range(3):
+        others = torch.tensor([m for m in range(3) if m != n])
+        for number in (torch.nan, torch.inf):
+            spoilt = x.clone()
+            spoilt[0, 3 * n + 1] = number
+            found, last = layer(spoilt, cu_seqlens=cu_seqlens)
+            assert found.view(3, 3, 12)[n, 1:].isnan().any()
+            torch.testing.assert_close(found.view(3, 3, 12)[others], y.view(3, 3, 12)[others])
+            for one, two in zip(*(layer.comparable(state.select(each, others)) for each in (last, after))):
+                torch.testing.assert_close(one, two)
+
+
 def test_a_state_made_of_something_else_is_refused() -> None:
     with pytest.raises(TypeError, match="a list is no part of a state"):
         state.clone([torch.zeros(1)])  # type: ignore[arg-type]

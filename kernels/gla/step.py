@@ -194,6 +194,7 @@ def retention_step(
     if position.dtype != torch.int64:
         raise TypeError(f"gla: position is {position.dtype}, expected torch.int64")
     q, k, v, state = columns_together(q), columns_together(k), columns_together(v), contiguous(state)
+    position = position.contiguous()
     y, final_state = torch.empty_like(v, memory_format=torch.contiguous_format), pool.empty_like(state)
     _function("gla_retention_step", "6qd17q")(
         *state.shape,
@@ -203,7 +204,7 @@ def retention_step(
         *heads(q),
         *heads(k),
         *heads(v),
-        contiguous(position).data_ptr(),
+        position.data_ptr(),
         frequency.data_ptr(),
         state.data_ptr(),
         y.data_ptr(),
