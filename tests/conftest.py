@@ -12,7 +12,9 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
-    os.environ["SEQUENCE_MIXERS_CACHE"] = tempfile.mkdtemp(prefix="sequence-mixers-tests-")
+    # removed when this process ends
+    _cache = tempfile.TemporaryDirectory(prefix="sequence-mixers-tests-", ignore_cleanup_errors=True)
+    os.environ["SEQUENCE_MIXERS_CACHE"] = _cache.name
 
 import pytest
 import torch
