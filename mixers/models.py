@@ -127,6 +127,7 @@ class LanguageModel(Network):
             seed: of the draws.
 
         Raises:
+            TypeError: a prompt is no tensor of integers.
             ValueError: there is no prompt, one is empty or has axes, or an option is out of its range.
         """
         if steps < 0:
@@ -239,6 +240,8 @@ def _pack(prompts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tens
     if isinstance(prompts, Tensor) or not len(prompts):
         raise ValueError("generate: prompts must be a list of at least one tensor [length]")
     for n, prompt in enumerate(prompts):
+        if not isinstance(prompt, Tensor):
+            raise TypeError(f"generate: prompt {n} is a {type(prompt).__name__}, expected a tensor [length]")
         if prompt.ndim != 1 or not len(prompt):
             raise ValueError(f"generate: prompt {n} has shape {list(prompt.shape)}, expected [length] with length >= 1")
     lengths = torch.tensor([0, *map(len, prompts)])

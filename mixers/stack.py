@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mixers import registry
 from mixers.mixer import SequenceMixer
+from mixers.options import positive
 from mixers.parts import GLU, LowerBounds, norm
 
 
@@ -65,6 +66,10 @@ class Stack(SequenceMixer):
         super().__init__()
         if isinstance(layers, str) or not layers:
             raise ValueError(f"Stack: layers is {layers!r}, expected a list of mixers' names such as ['hgrn', 'hgrn']")
+        for name in layers:
+            if not isinstance(name, str):
+                raise TypeError(f"Stack: layers has a {type(name).__name__}, expected mixers' names")
+        positive("Stack", glu_width=glu_width)
         options = {} if options is None else options
         unused = sorted(set(options) - set(layers))
         if unused:

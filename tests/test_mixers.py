@@ -166,6 +166,12 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
         lambda: mixers.build("hgrn", 8, expand=True),
     ),
     "stack": (ValueError, "expected a list of mixers' names", lambda: mixers.Stack(8, "hgrn")),
+    "a stack of layers": (
+        TypeError,
+        "Stack: layers has a HGRN, expected mixers' names",
+        lambda: mixers.Stack(8, [mixers.build("hgrn", 8)]),  # type: ignore[list-item]
+    ),
+    "no channels between": (ValueError, "Stack: glu_width is 0", lambda: mixers.Stack(8, ["hgrn"], glu_width=0)),
     "stack options": (
         ValueError,
         "options for 'mingru', which is not among",

@@ -178,6 +178,11 @@ def test_wrong_calls_of_generate(arguments: dict[str, Any], message: str) -> Non
         model().generate(**{"prompts": prompts(3), "steps": 0, **arguments})
 
 
+def test_prompts_of_numbers_are_refused() -> None:
+    with pytest.raises(TypeError, match="prompt 0 is a list, expected a tensor"):
+        model().generate([[1, 2]], 1)  # type: ignore[list-item]
+
+
 def test_wrong_tokens_and_wrong_models() -> None:
     with pytest.raises(TypeError, match=r"tokens are torch\.float32"):
         model()(torch.zeros(1, 3))
