@@ -131,11 +131,13 @@ def check_any_order(inputs: Inputs, config: Mapping[str, int] = CONFIG) -> None:
         assert f is None or (e is not None and torch.equal(f, e))
 
 
-def check_needs(inputs: Inputs, **options: Any) -> None:
-    """Only the gradients that are needed come back, with the bits that they have beside all others, in two launches."""
+def check_needs(inputs: Inputs, sums: Sequence[str] = (), **options: Any) -> None:
+    """Only the gradients that are needed come back, with the bits that they have beside all others, in two launches and
+    one for each of those that are `sums` of parts."""
     from triton_interpreter import counting
 
-    count, function = len(inputs.op.inputs), inputs.op.backend("triton").function("backward")
+    names = [argument.name for argument in inputs.op.inputs]
+    count, function = len(names), inputs.op.backend("triton").function("backward")
 
     def gradients(needs: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
         return function(*inputs.tensors, None, **options, needs=needs, config=CONFIG)
@@ -146,7 +148,7 @@ def check_needs(inputs: Inputs, **options: Any) -> None:
             needs = tuple((i == one) == needed for i in range(count))
             with counting() as traffic:
                 found = gradients(needs)
-            assert traffic.launches == 2
+            assert traffic.launches == 2 + sum(wanted and name in sums for wanted, name in zip(needs, names))
             for wanted, gradient, expected in zip(needs, found, every, strict=True):
                 assert (gradient is not None) == wanted
                 assert gradient is None or (expected is not None and torch.equal(gradient, expected))

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels import triton_sums
 from kernels.problem import Problem, state_dtype
 from kernels.selective_scan.triton_kernels import selective_scan_backward, selective_scan_forward
 from kernels.triton_aot import Compiled
@@ -22,8 +23,8 @@ from kernels.triton_matrix_launch import Blocks, contiguous, missing
 
 INTERPRETED = not isinstance(selective_scan_forward, triton.JITFunction)
 NAMES = ("x", "delta", "A", "B", "C", "D_", "initial")
-# left in parts, for sequences or blocks of channels
-SUMS = ("dA", "dB", "dC", "dD_")
+# whose gradients are left in parts, for sequences or blocks of channels
+SUMS = ("A", "B", "C", "D_")
 # The channels of a warp's rows at most, forward, and the numbers of its tile of rows, backward; of float64 half as many
 WIDEST, TILE = 64, 128
 # The rows whose reads are under way at once, forward
@@ -91,14 +92,10 @@ def backward(
     """(dx, ddelta, dA, dB, dC, dD, dinitial_state), each None where `needs` says so."""
     given = _Given(x, delta, A, B, C, D, initial_state, cu_seqlens, config, TILE // config["rows"])
     kept, found = given.kept(), given.gradients(needs)
-    given.forward(None, None, kept)(x.device)
-    given.backward(dy, dfinal_state, kept, found)(x.device)
-    whole = [_whole(g) if g is not None and name in SUMS else g for name, g in found.items()]
-    return tuple(g if g is None or t is None else g.to(t.dtype) for g, t in zip(whole, given.tensors.values()))
-
-
-def _whole(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+    whole, sums = given.summed(found)
+    for launch in (given.forward(None, None, kept), given.backward(dy, dfinal_state, kept, found), *sums):
+        launch(x.device)
+    return whole
 
 
 def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> list[Compiled]:
@@ -121,7 +118,8 @@ def compile_for(target: str, problem: Problem, config: Mapping[str, int]) -> lis
         launches = [given.forward(x, given.state(), None)]
     else:
         every = given.gradients((True,) * 7)
-        launches = [given.forward(None, None, given.kept()), given.backward(x, initial, given.kept(), every)]
+        _, sums = given.summed(every)
+        launches = [given.forward(None, None, given.kept()), given.backward(x, initial, given.kept(), every), *sums]
     return compile_all(launches, target)
 
 
@@ -160,6 +158,17 @@ class _Given(Blocks):
             else:
                 found[f"d{name}"] = torch.empty_like(tensor)
         return found
+
+    def summed(self, found: Mapping[str, Tensor | None]) -> tuple[tuple[Tensor | None, ...], list[Launch]]:
+        """The gradients as they are returned, and the launches that put the sums of parts there."""
+        whole, launches = [], []
+        for (name, tensor), gradient in zip(self.tensors.items(), found.values()):
+            if tensor is not None and gradient is not None and name in SUMS:
+                parts, gradient = gradient, gradient[0] if len(gradient) == 1 else torch.empty_like(tensor)
+                if len(parts) != 1:
+                    launches.append(triton_sums.add(parts.flatten(1)[:, None], None, gradient.flatten()))
+            whole.append(gradient)
+        return tuple(whole), launches
 
     def forward(self, y: Tensor | None, final: Tensor | None, kept: Tensor | None) -> Launch:
         ahead = AHEAD[self.dtype]

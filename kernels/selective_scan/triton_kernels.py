@@ -6,7 +6,8 @@ such a walk keeps the state before every R-th row; then, tile of R rows by tile 
 two associative scans of [R, BD] on the chip. Rows that a sequence does not have are zeros: Δ = 0 leaves a state alone.
 
 Sums over all channels (dB, dC) are left as one part for each block of them, sums over sequences (dA, dD) as one for
-each sequence. docs/derivations/selective_scan.md has the scans, the bytes, and why programs may run in any order.
+each sequence; triton_sums.py adds them. docs/derivations/selective_scan.md has the scans, the bytes, and why programs
+may run in any order.
 """
 # The language is Triton's, whose types mypy does not know
 # mypy: ignore-errors
@@ -88,10 +89,12 @@ def selective_scan_backward(
     # where this block of channels puts its part of sums over all channels
     part = block.to(tl.int64) * ROWS * K
     dstate = first_state(dfinal, n, D, K, channels, keys, STATE)
+    # read once, not for every tile
+    exponents = load_state(A, 0, D, K, channels, keys, STATE)
     dexponents = tl.zeros([BD, BK], STATE)
     dskip = tl.zeros([BD], STATE)
     chunks = tl.cdiv(length, R)
-    for c in range(0, chunks):
+    for c in tl.range(0, chunks, disable_licm=True):
         start = (chunks - 1 - c) * R
         here = start + rows < length
         present = here[:, None] & inside[None, :]
@@ -105,13 +108,13 @@ def selective_scan_backward(
         dinput = tl.zeros([R, BD], STATE)
         dstep = tl.zeros([R, BD], STATE)
         befores = kept + (chunk + chunks - 1 - c) * D * K
-        # what does not depend on the key is made again for each, not kept in registers
+        # what does not depend on the key is made again for each, not kept in registers, nor from tile to tile
         for k in tl.range(0, K, disable_licm=True):
             this = (keys == k)[None, :]
             # No place is larger anyway; so that the compiler keeps none in each tensor in registers from key to key
             line = tl.minimum(first + start, ROWS) * K + rows * K + k
             cell = tl.minimum(channels * K + k, D * K - 1)
-            exponent = tl.load(A + cell, inside, other=0.0)[None, :]
+            exponent = tl.sum(tl.where(this, exponents, 0.0), 1)[None, :]
             read = tl.load(B + line, here, other=0.0).to(STATE)[:, None]
             write = tl.load(C + line, here, other=0.0).to(STATE)[:, None]
             decay = tl.exp(step * exponent)
@@ -135,6 +138,8 @@ def selective_scan_backward(
             dexponent = gradient * left
             dstep += dexponent * exponent
             dexponents += tl.where(this, tl.sum(dexponent * step, 0)[:, None], 0.0)
+        # the same places once more, so that the compiler does not keep them in registers over all keys
+        cells = tl.minimum(first + start, ROWS) * D + rows.to(tl.int64)[:, None] * D + channels[None, :]
         if ddelta is not None:
             tl.store(ddelta + cells, (number * dinput + dstep).to(ddelta.dtype.element_ty), present)
         if dx is not None:

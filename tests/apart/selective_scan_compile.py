@@ -21,7 +21,8 @@ def posed(direction: str, dtype: torch.dtype = BFLOAT16, keys: int = 16, **facts
 def check(
     target: str, direction: str, config: int | None, dtype: torch.dtype = BFLOAT16, keys: int = 16, **facts: Any
 ) -> None:
-    """No spills, a quarter of the warps resident, and states by 16 bytes. config: its place; None: every one.
+    """No spills, a quarter of the warps resident, and states and parts of sums by 16 bytes. config: its place; None:
+    every one.
 
     Rows go by 2 to 8 bytes: a program has few channels, and many threads for their states.
     """
@@ -33,7 +34,10 @@ def check(
             check_resources(found)
             # Backward, a thread of AMD's wide warps has but two numbers of a state
             wide = 8 if direction == "backward" and target.startswith("gfx") else 16
-            assert keys < 16 or min(max(found.loads), max(found.stores)) >= wide, found
+            if found.kernel == "add_pieces":
+                assert keys < 16 or max(found.loads) == 16, found
+            else:
+                assert keys < 16 or min(max(found.loads), max(found.stores)) >= wide, found
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -60,10 +60,12 @@ def test_problems_of_every_kind(case: dict[str, Any], direction: str) -> None:
     tc.agrees(posed(direction, **case))
 
 
+@pytest.mark.parametrize("channels, keys", [(33, 16), (65, 33)])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_default_config(direction: str) -> None:
-    config = OP.backend("triton").configs(posed(direction).problem)[0]
-    tc.agrees(posed(direction, length=config["rows"] + 3, channels=33, keys=16), config)
+def test_the_default_config(direction: str, channels: int, keys: int) -> None:
+    """With one block of channels and with two."""
+    config = OP.backend("triton").configs(posed(direction, keys=keys).problem)[0]
+    tc.agrees(posed(direction, length=config["rows"] + 3, channels=channels, keys=keys), config)
 
 
 @pytest.mark.parametrize("missing", ["dy", "dfinal_state"])
@@ -72,7 +74,7 @@ def test_a_loss_on_one_output(missing: str) -> None:
 
 
 def test_only_the_gradients_that_are_needed() -> None:
-    tc.check_needs(posed("backward", length=2))
+    tc.check_needs(posed("backward", length=2), sums=("B", "C"))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -92,11 +94,11 @@ def test_programs_in_any_order_give_the_same_bits(direction: str) -> None:
 
 # What forward and backward move at most, as times the least, by keys, dtype of x and of the step sizes
 LIMITS = {
-    (16, tc.BFLOAT16, tc.BFLOAT16): (1.13, 1.47),
-    (16, tc.BFLOAT16, tc.FLOAT32): (1.1, 1.37),
-    (16, tc.FLOAT32, tc.FLOAT32): (1.13, 1.29),
-    (64, tc.BFLOAT16, tc.BFLOAT16): (1.43, 1.85),
-    (64, tc.FLOAT32, tc.FLOAT32): (1.43, 1.64),
+    (16, tc.BFLOAT16, tc.BFLOAT16): (1.13, 1.24),
+    (16, tc.BFLOAT16, tc.FLOAT32): (1.1, 1.19),
+    (16, tc.FLOAT32, tc.FLOAT32): (1.13, 1.18),
+    (64, tc.BFLOAT16, tc.BFLOAT16): (1.43, 1.43),
+    (64, tc.FLOAT32, tc.FLOAT32): (1.43, 1.39),
 }
 
 
@@ -114,17 +116,18 @@ def moved_and_least(inputs: Inputs) -> tuple[int, int]:
     least = sum(size.values()) + tc.size(*found)
     if direction == "backward":
         states = -(-sizes["T"] // config["rows"]) * sizes["D"] * sizes["K"] * 4
-        least += sum(size[name] for name in ("x", "delta", "A", "B", "initial_state")) + 2 * states
+        least += sum(size[name] for name in ("x", "delta", "A", "B")) + 2 * states
     return traffic.moved + traffic.outside, least
 
 
 @pytest.mark.parametrize("keys, dtype, steps", LIMITS, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_bytes_moved(direction: str, keys: int, dtype: torch.dtype, steps: torch.dtype) -> None:
-    """In 16 rows, and in every 16 further ones, which is what is left of it in the longest sequences."""
+@pytest.mark.parametrize("length", [11, 16])
+def test_bytes_moved(length: int, direction: str, keys: int, dtype: torch.dtype, steps: torch.dtype) -> None:
+    """In a few rows, and in every 16 further ones, which is what is left of it in the longest sequences."""
     limit = LIMITS[keys, dtype, steps][direction == "backward"]
     facts: dict[str, Any] = {"channels": 256, "keys": keys, "dtype": dtype, "decay_dtype": steps}
-    moved, least = moved_and_least(posed(direction, length=16, **facts))
-    both, least_of_both = moved_and_least(posed(direction, length=32, **facts))
+    moved, least = moved_and_least(posed(direction, length=length, **facts))
+    both, least_of_both = moved_and_least(posed(direction, length=length + 16, **facts))
     assert least <= moved <= limit * least
     assert both - moved <= limit * (least_of_both - least)
