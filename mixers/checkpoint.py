@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mixers.initial import fill_as_built
 from mixers.mixer import _remember_arguments as remember_arguments
 
 FORMAT = "sequence-mixers network"
@@ -35,6 +36,11 @@ class Network(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments that build this network again: `type(network)(**network.config())`."""
         return dict(self._config)
+
+    def reset_parameters(self) -> None:
+        """Gives all parameters and buffers new initial values in place, as building the network does; see
+        `SequenceMixer.reset_parameters`."""
+        fill_as_built(self, lambda: type(self)(**self._config))
 
     def save(self, path: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
         """Writes weights, configuration and notes to one file, which is never seen half written.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mixers.initial import fill_as_built
 from mixers.options import check_backend, check_types
 from mixers.state import Layout, State, layout_of, leaves, parts
 
@@ -70,6 +71,18 @@ class SequenceMixer(nn.Module):
     def config(self) -> dict[str, Any]:
         """The arguments that build this mixer again: `mixers.build(**mixer.config())`."""
         return {"name": _name(type(self)), **self._config}
+
+    def reset_parameters(self) -> None:
+        """Gives all parameters and buffers new initial values in place, those that building the mixer gives.
+
+        For what was built on `device="meta"`, after `to_empty(device=...)`. A mixer's values may be others than its
+        projections' own, so parents come last:
+        `model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)`.
+
+        Raises:
+            ValueError: it has other tensors than a mixer that is built, as where a projection was wrapped.
+        """
+        fill_as_built(self, lambda: type(self)(**self._config))
 
     def state_size(self, length: int = 1) -> int:
         """Numbers in the state of one sequence after `length` tokens."""

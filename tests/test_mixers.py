@@ -219,6 +219,36 @@ def test_shapes_without_numbers(name: str) -> None:
     assert layer(x, after)[0].is_meta
 
 
+@pytest.mark.parametrize("name", mixers.names())
+def test_memory_that_nobody_wrote_gets_initial_values(name: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(mixers.Stack(12, [name]), nn.Linear(12, 3))
+    model.apply(reset)
+    assert all(tensor.is_meta for tensor in model.parameters())
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(torch.nan if tensor.is_floating_point() else 1)
+    model.apply(reset)
+    torch.manual_seed(0)
+    expected = mixers.Stack(12, [name]).state_dict()
+    torch.manual_seed(0)
+    model[0].reset_parameters()
+    torch.testing.assert_close(model[0].state_dict(), expected, rtol=0, atol=0)
+    assert model[0](torch.randn(2, 3, 12))[0].isfinite().all()
+
+
+def reset(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def test_tensors_of_others_are_not_reset() -> None:
+    layer = mixers.build("hgrn", 12)
+    layer.i_proj = nn.Sequential(layer.i_proj)
+    with pytest.raises(ValueError, match=r"HGRN: cannot reset i_proj\.0\.bias, .*: not what building a HGRN"):
+        layer.reset_parameters()
+
+
 class Adapted(nn.Module):
     """A linear map with a low-rank change beside it, and no weight of its own."""
 

@@ -91,6 +91,18 @@ def test_generation_leaves_mode_and_gradients_as_they_were_and_uses_no_dropout()
     assert not first.requires_grad
 
 
+def test_a_model_without_memory_gets_initial_values() -> None:
+    options = {"vocabulary": VOCABULARY, "dim": 16, "layers": ["hgrn", "attention"]}
+    torch.manual_seed(0)
+    expected = LanguageModel(**options)
+    with torch.device("meta"):
+        made = LanguageModel(**options)
+    made.to_empty(device="cpu")
+    torch.manual_seed(0)
+    made.reset_parameters()
+    torch.testing.assert_close(made.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 def test_no_steps_give_no_tokens() -> None:
     assert model().generate(prompts(3, 4), 0).shape == (2, 0)
 

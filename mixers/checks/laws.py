@@ -266,7 +266,8 @@ def exports(make: Make, case: Case) -> None:
 
 
 def copies_and_reloads(make: Make, case: Case) -> None:
-    """deepcopy, state_dict, meta-device initialisation and config all give the same mixer back."""
+    """deepcopy, state_dict, meta-device initialisation and config all give the same mixer back, and reset_parameters
+    one as it is built."""
     mixer, x = case.mixer(make), case.x()
     y = mixer(x)[0]
     equal("y of the deepcopy", copy.deepcopy(mixer)(x)[0], y)
@@ -279,6 +280,12 @@ def copies_and_reloads(make: Make, case: Case) -> None:
     full = empty.to(torch.float64).to_empty(device=case.device)
     full.load_state_dict(mixer.state_dict())
     equal("y after meta-device initialisation", full.eval()(x)[0], y)
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        built = make(case.dim).to(torch.float64).eval()
+    torch.manual_seed(0)
+    full.reset_parameters()
+    equal("y after reset_parameters", full(x)[0], built(x)[0])
     rebuilt = type(mixer)(**{k: v for k, v in mixer.config().items() if k != "name"})
     require(rebuilt.config() == mixer.config(), "config() does not rebuild the mixer")
 
