@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.loop import Loop, Step, StepBackward, wanted
 from kernels.packing import Packing
-from kernels.problem import Arg, Problem, state_dtype
+from kernels.problem import Arg, Problem, number, state_dtype
 
 QKV = (Arg("q", "B T H K"), Arg("k", "B T H K"), Arg("v", "B T H V"))
 # J is K, or 1 where the keys of a head share their decay
@@ -36,10 +36,10 @@ def with_axis(op: str, log_decay: Tensor | None, q: Tensor) -> Tensor | None:
     return log_decay
 
 
-def scale_of(scale: float | None, q: Tensor) -> float:
+def scale_of(op: str, scale: float | None, q: Tensor) -> float:
     """As given, or K^−½. What has no K is the op's to refuse, by name."""
     if scale is not None:
-        return float(scale)
+        return number(op, "scale", scale)
     try:
         return q.shape[-1] ** -0.5
     except (AttributeError, IndexError, ZeroDivisionError):

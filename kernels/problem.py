@@ -161,6 +161,13 @@ def _check_dtypes(op: str, present: Sequence[tuple[Arg, Tensor]]) -> None:
             )
 
 
+def number(op: str, name: str, value: float) -> float:
+    """An option that is a number; TypeError for a tensor, which may want a gradient."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a tensor, expected a number; nothing is learned of it")
+    return float(value)
+
+
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, length: int) -> None:
     """Raises ValueError unless cu_seqlens rises from 0 to `length`. Reads its values: for CPU tensors only."""
     values = cu_seqlens.tolist()

@@ -244,3 +244,18 @@ def test_autocast_stays_outside(name: str) -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 inside = op(*args, backend.name)
             assert all(torch.equal(one, two) for one, two in zip(inside, outside)), backend.name
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("attention", "scale"), ("gla", "scale"), ("delta_rule", "scale"), ("dplr", "scale"), ("gated_norm", "eps")],
+)
+def test_a_number_that_would_get_no_gradient_is_refused(name: str, option: str) -> None:
+    op = OPS[name]
+    sizes = {"B": 1, "N": 1, "T": 3, "S": 3, "H": 1, "G": 1, "K": 2, "V": 2}
+    sampled = op.sample(sizes, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    function = getattr(import_module(f"kernels.{name}"), name)
+    given = {arg: sampled[arg] for arg in inspect.signature(function).parameters if sampled.get(arg) is not None}
+    function(**given)
+    with pytest.raises(TypeError, match=f"{name}: {option} is a tensor, expected a number"):
+        function(**given, **{option: torch.nn.Parameter(torch.tensor(0.5))})

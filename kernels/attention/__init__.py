@@ -78,7 +78,7 @@ def attention(
         raise ValueError(f"attention: window is {window}, expected at least 1, or None for no window")
     if log_decay is not None and not causal:
         raise ValueError("attention: log_decay needs causal=True; nothing is forgotten between a query and a later key")
-    scale = scale_of(scale, q)
+    scale = scale_of("attention", scale, q)
     if cu_seqlens is not None and k.ndim == 4:
         if k.shape[0] > 1 and log_decay is not None:
             if log_decay.shape[:2] != k.shape[:2]:

@@ -61,7 +61,7 @@ def delta_rule(
     2406.06484); per head: Yang et al. 2024, "Gated delta networks" (arXiv 2412.06464); per key: Kimi Team 2025,
     "Kimi Linear" (arXiv 2510.26692).
     """
-    log_decay, scale = with_axis("delta_rule", log_decay, q), scale_of(scale, q)
+    log_decay, scale = with_axis("delta_rule", log_decay, q), scale_of("delta_rule", scale, q)
     y, final_state = OP(q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, backend)
     return y, final_state
 

@@ -59,7 +59,7 @@ def dplr(
 
     Source: Peng et al. 2025, "RWKV-7 Goose with expressive dynamic state evolution" (arXiv 2503.14456).
     """
-    log_decay, scale = with_axis("dplr", log_decay, q), scale_of(scale, q)
+    log_decay, scale = with_axis("dplr", log_decay, q), scale_of("dplr", scale, q)
     y, final_state = OP(q, k, v, a, b, log_decay, initial_state, cu_seqlens, scale, backend)
     return y, final_state
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.gated_norm import naive
 from kernels.op import Backend, Cost, Op
-from kernels.problem import Arg, Problem
+from kernels.problem import Arg, Problem, number
 
 NORMS = ("layer", "rms")
 ACTIVATIONS = tuple(naive.ACTIVATIONS)
@@ -82,7 +82,8 @@ def gated_norm(
         weight = weight.expand(H, -1)
     if bias is not None and bias.ndim == 1:
         bias = bias.expand(H, -1)
-    found = OP(rows, gate, weight, bias, None, norm == "layer", activation, gate_first, float(eps), backend)
+    eps = number("gated_norm", "eps", eps)
+    found = OP(rows, gate, weight, bias, None, norm == "layer", activation, gate_first, eps, backend)
     return found[0] if len(shape) == 4 else found[0].squeeze(2)
 
 

@@ -61,7 +61,7 @@ def gla(
     Source: Yang et al. 2023, "Gated linear attention transformers with hardware-efficient training" (arXiv 2312.06635);
     bonus: Peng et al. 2024, "Eagle and Finch: RWKV with matrix-valued states" (arXiv 2404.05892).
     """
-    log_decay, scale = with_axis("gla", log_decay, q), scale_of(scale, q)
+    log_decay, scale = with_axis("gla", log_decay, q), scale_of("gla", scale, q)
     y, final_state = OP(q, k, v, log_decay, initial_state, bonus, cu_seqlens, scale, backend)
     return y, final_state
 
