@@ -40,7 +40,7 @@ class Network(nn.Module):
     def reset_parameters(self) -> None:
         """Gives all parameters and buffers new initial values in place, as building the network does; see
         `SequenceMixer.reset_parameters`."""
-        fill_as_built(self, lambda: type(self)(**self._config))
+        fill_as_built(self)
 
     def save(self, path: str | Path, *, notes: Mapping[str, Any] | None = None) -> None:
         """Writes weights, configuration and notes to one file, which is never seen half written.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def fill_as_built(module: nn.Module, build: Callable[[], nn.Module]) -> None:
-    """Parameters and buffers get the values of a module that is built now, on their device and in their dtype.
+def fill_as_built(module: Any) -> None:
+    """Parameters and buffers get the values of a module that is built now with the arguments that the module remembers,
+    on their device and in their dtype.
 
     On "meta" there is nothing to fill. Tensors that are sharded (DTensor) get the first process's values.
 
@@ -22,7 +22,7 @@ def fill_as_built(module: nn.Module, build: Callable[[], nn.Module]) -> None:
     if device.type == "meta":
         return
     with torch.no_grad(), torch.device(device):
-        there = _tensors(build())
+        there = _tensors(type(module)(**module._config))
         if different := sorted(here.keys() ^ there.keys()):
             name = type(module).__name__
             raise ValueError(f"{name}: cannot reset {', '.join(different)}: not what building a {name} gives")

@@ -82,7 +82,7 @@ class SequenceMixer(nn.Module):
         Raises:
             ValueError: it has other tensors than a mixer that is built, as where a projection was wrapped.
         """
-        fill_as_built(self, lambda: type(self)(**self._config))
+        fill_as_built(self)
 
     def state_size(self, length: int = 1) -> int:
         """Numbers in the state of one sequence after `length` tokens."""
