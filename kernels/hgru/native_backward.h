@@ -59,7 +59,6 @@ struct Gradient {
 template <Kind KIND, int W, class T, bool PAIRS>
 OUTLINE void backward_row(Gradient<T, PAIRS, W>& g, int64_t n, const StateOf<T>* initial_state) {
     using S = StateOf<T>;
-    using V = Vec<S, W>;
     const T *f_row = g.f.now(), *i_row = g.i.now(), *dh_row = g.dh.now();
     const T* h_before = initial_state ? nullptr : g.before.now();
     if constexpr (std::is_same_v<S, T>) h_before = initial_state ? initial_state : h_before;
