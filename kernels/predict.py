@@ -231,12 +231,3 @@ def _aot() -> Any:
     from kernels import triton_aot
 
     return triton_aot
-
-
-def shapes(problem: Problem, batches: Iterable[int], lengths: Iterable[int]) -> list[Problem]:
-    """The problem at other numbers of sequences and lengths."""
-    return [
-        replace(problem, sizes={**problem.sizes, "B": batch, "N": batch, "T": length})
-        for batch in batches
-        for length in lengths
-    ]

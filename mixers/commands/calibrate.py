@@ -123,8 +123,8 @@ def problems(
             for dtype in (torch.float32, torch.bfloat16):
                 built = common.build(name, dim, {}, dtype=dtype, device=device)
                 for length in lengths:
-                    status.update(f"running {name} at T = {length}")
-                    found = common.problems_of(built, batch, length, backward=length > 1)
+                    status.update(f"{name} at T = {length}")
+                    found = common.problems_at(built, batch, length, backward=length > 1)
                     met.update(dict.fromkeys(found))
     return list(met)
 

@@ -20,6 +20,7 @@ from rich.text import Text
 import autotune
 from kernels.op import Plan, recording
 from kernels.problem import Problem
+from kernels.rehearsal import rehearsing
 from mixers import registry
 from mixers.mixer import SequenceMixer
 from mixers.units import count, seconds, times
@@ -165,6 +166,20 @@ def problems_of(mixer: SequenceMixer, batch: int, length: int, *, backward: bool
         if backward:
             y.sum().backward()
     return met
+
+
+def problems_at(mixer: SequenceMixer, batch: int, length: int, *, backward: bool) -> list[Problem]:
+    """The same problems. Nothing is computed, but for a single token, which has a way of its own on real tensors."""
+    if length == 1:
+        return list(problems_of(mixer, batch, length, backward=backward))
+    first, *others = mixer.parameters()
+    with mistakes(), rehearsing() as met, torch.set_grad_enabled(backward):
+        x = torch.empty(batch, length, mixer.dim, device=first.device, dtype=first.dtype, requires_grad=backward)
+        y, _ = mixer(x)
+        if backward:
+            # not y.backward(), which would leave fake gradients in the parameters
+            torch.autograd.grad(y.sum(), [x, first, *others], allow_unused=True)
+    return list(met)
 
 
 def subject(mixer: SequenceMixer, name: str, batch: int, lengths: Sequence[int]) -> Text:

@@ -49,17 +49,18 @@ def problems(
     dtypes: Sequence[torch.dtype] = DTYPES,
     options: Mapping[str, Any] | None = None,
 ) -> list[Problem]:
-    """What the mixers meet, for ops that compile for GPUs. They run a few tokens on the CPU; sizes are put in after."""
+    """What the mixers meet, for ops that compile for GPUs; nothing is computed."""
     met: dict[Problem, None] = {}
     with console.status("") as status:
         for name in names:
             for dtype in dtypes:
                 for dim in dims:
-                    status.update(f"running {name} of width {dim} in {str(dtype).removeprefix('torch.')}")
+                    status.update(f"{name} of width {dim} in {str(dtype).removeprefix('torch.')}")
                     built = common.build(name, dim, options or {}, dtype=dtype, device=torch.device("cpu"))
-                    for problem in common.problems_of(built, 1, 8, backward=True):
-                        if any(hasattr(backend.loaded, "compile_for") for backend in OPS[problem.op].backends):
-                            met.update(dict.fromkeys(predict.shapes(problem, batches, lengths)))
+                    for batch, length in itertools.product(batches, lengths):
+                        for problem in common.problems_at(built, batch, length, backward=True):
+                            if any(hasattr(backend.loaded, "compile_for") for backend in OPS[problem.op].backends):
+                                met[problem] = None
     return predict.on_gpu(met)
 
 

@@ -79,9 +79,9 @@ def tune(
     mixer = common.build(name, dim, common.options_of(option), dtype=dtype.torch, device=where)
     console.print(common.subject(mixer, name, batch, length))
     met: list[Problem] = []
-    with console.status("running the mixer once (the first time may compile kernels)"):
+    with console.status("which problems does the mixer meet?"):
         for each in length:
-            met += [p for p in common.problems_of(mixer, batch, each, backward=backward) if p not in met]
+            met += [p for p in common.problems_at(mixer, batch, each, backward=backward) if p not in met]
     what = TextColumn("{task.description}")
     bar = Progress(TextColumn("{task.percentage:3.0f}%"), BarColumn(), TimeElapsedColumn(), what, console=console)
     with mistakes(), bar:
