@@ -181,7 +181,8 @@ def test_sdpa_never_holds_the_scores(options: dict[str, Any]) -> None:
     assert largest.numbers <= 4 * k.numel() < 170_000
     with Largest() as largest:
         naive.forward(q, k, v, **known)
-    assert largest.numbers >= 2 * 1000 * 1000
+    longest = 700 if "cu_seqlens" in options else 1000
+    assert largest.numbers >= 2 * longest * longest
 
 
 def test_pieces_do_no_more_than_they_must() -> None:

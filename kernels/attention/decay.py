@@ -2,8 +2,8 @@
 
 Sums from the first row on, in float64: what lies between two rows is the difference of two sums, which may be a
 thousand times larger. (On MPS, which has no float64, in float32.) A decay of zero, whose logarithm is -inf, is no
-part of the sums: a query does not see the keys before the last such row. A NaN is a row's own: whoever sees its key has
-it from there.
+part of the sums: a query does not see the keys before the last such row. NaN or inf is NaN, and a row's own: whoever
+sees its key has it from there.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Sums:
     def of(log_decay: Tensor) -> Sums:
         zero = log_decay.isneginf()
         wide = log_decay if log_decay.device.type == "mps" else log_decay.double()
-        # beside its own row, a NaN would reach the sequences that are packed behind
-        unknown = log_decay.isnan()
+        # beside its own row, it would reach the sequences that are packed behind
+        unknown = ~(log_decay < torch.inf)
         sums = wide.masked_fill(zero | unknown, 0).cumsum(1).masked_fill(unknown, torch.nan)
         if log_decay.device.type == "cpu" and has_values(log_decay) and not zero.any():
             return Sums(sums, None)

@@ -169,21 +169,24 @@ class States:
         rows, given = self.rows, self.given
         X = X.unflatten(0, (rows.count, -1))
         A = torch.ones_like(X) if total is None else total.view(*X.shape[:2], -1, 1).expand_as(X).contiguous()
+        inputs, first = X, None
         if rows.owner is not None:
-            enters = self.enters[:, None, None, None]
-            at_start = given[rows.owner]
-            X, A = torch.where(enters, A * at_start + X, X), torch.where(enters, 0, A)
+            # a sequence's first chunk forgets what came before and remembers what was given to it instead
+            enters, at_start = self.enters[:, None, None, None], given[rows.owner]
+            inputs, first = torch.where(enters, A * at_start + X, X), self.enters[None, :, None]
         entering, last = scan.states(
-            A.flatten(1)[None], X.flatten(1)[None], self.running.flatten()[None], False, self.reverse, self.config
-        )
+            A.flatten(1)[None], inputs.flatten(1)[None], self.running.flatten()[None], False, self.reverse,
+            self.config, first,
+        )  # fmt: skip
         entering = entering[0].view(X.shape)
         if rows.owner is None or rows.last is None:
             self.found = last.view(given.shape)
             return entering.flatten(0, 1)
+        entering = torch.where(enters, at_start, entering)
         leaving = A * entering + X
         index = rows.starts if self.reverse else rows.last
         self.found = rows.packing.unless_empty(leaving[index], given)
-        return torch.where(enters, at_start, entering).flatten(0, 1)
+        return entering.flatten(0, 1)
 
 
 def forward(

@@ -9,6 +9,9 @@ and the states between chunks are the scan of the summaries (A, X): the same pro
 2 log_C(T) launches, all of them parallel over chunks, and 5/3 of the least bytes. Both functions are compiled once for
 all lengths. Where there is no compiler, and by default on CPU, where generating the code takes Inductor longer than
 most programs would gain, they run as they are.
+
+`first` [1, T, 1, ...] marks the rows that forget the state before them, if any do: by a choice, not by a decay of zero,
+so that what is not finite in one packed sequence does not reach the next. Of chunks, those that have such a row.
 """
 
 from __future__ import annotations
@@ -32,53 +35,72 @@ def configs(problem: Problem) -> Sequence[Mapping[str, int]]:
     return [{"chunk": 16, "inductor": 1}, {"chunk": 8, "inductor": 1}, {"chunk": 32, "inductor": 1}]
 
 
-def summary(a: Tensor, x: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+def unless(first: Tensor | None, carried: Tensor) -> Tensor:
+    """What some rows [B, n, D] have of the state before them: `carried`, which is overwritten."""
+    return carried if first is None else carried.masked_fill_(first, 0)
+
+
+def marks_of(first: Tensor | None, chunk: int) -> Sequence[Tensor | None]:
+    """`first` [1, n, C, ...] row by row."""
+    return [None] * chunk if first is None else first.unbind(2)
+
+
+def summary(a: Tensor, x: Tensor, first: Tensor | None = None, *, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
     """A, X [B, n, D] of chunks a, x [B, n, C, D]: A = product of a, X = the chunk's last state from zero."""
     order = range(a.shape[2])[:: -1 if reverse else 1]
     dtype = state_dtype(x.dtype)
-    a_rows, x_rows = [a[:, :, c].to(dtype) for c in order], [x[:, :, c].to(dtype) for c in order]
-    A, X = a_rows[0], x_rows[0]
-    for a_row, x_row in zip(a_rows[1:], x_rows[1:]):
-        A, X = multiply(a_row, A, pairs), multiply(a_row, X, pairs) + x_row
+    a_rows, x_rows = [row.to(dtype) for row in a.unbind(2)], [row.to(dtype) for row in x.unbind(2)]
+    marks = marks_of(first, a.shape[2])
+    A, X = a_rows[order[0]], x_rows[order[0]]
+    for c in order[1:]:
+        A, X = multiply(a_rows[c], A, pairs), unless(marks[c], multiply(a_rows[c], X, pairs)) + x_rows[c]
     return A, X
 
 
-def outputs(a: Tensor, x: Tensor, entering: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+def outputs(
+    a: Tensor, x: Tensor, entering: Tensor, first: Tensor | None = None, *, pairs: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """h [B, n, C, D] in x's dtype, and the state [B, n, D] that leaves each chunk."""
     order = range(a.shape[2])[:: -1 if reverse else 1]
-    rows, state = [], entering
+    a_rows, x_rows, marks = a.unbind(2), x.unbind(2), marks_of(first, a.shape[2])
+    h, state, dtype = [], entering, entering.dtype
     for c in order:
-        state = multiply(a[:, :, c].to(entering.dtype), state, pairs) + x[:, :, c].to(entering.dtype)
-        rows.append(state.to(x.dtype))
-    return torch.stack(rows[:: order.step], 2), state
+        state = unless(marks[c], multiply(a_rows[c].to(dtype), state, pairs)) + x_rows[c].to(dtype)
+        h.append(state.to(x.dtype))
+    return torch.stack(h[:: order.step], 2), state
 
 
-def summary_backward(a: Tensor, dh: Tensor, pairs: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+def summary_backward(
+    a: Tensor, dh: Tensor, first: Tensor | None = None, *, pairs: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """The summary of c[t] = conj(a[t]) (dh[t] + c[t+1]), which runs against time."""
     dtype = state_dtype(dh.dtype)
+    a_rows, dh_rows, marks = a.unbind(2), dh.unbind(2), marks_of(first, a.shape[2])
     A, X = None, None
     for c in range(a.shape[2])[:: 1 if reverse else -1]:
-        decay, gradient = conjugate(a[:, :, c].to(dtype), pairs), dh[:, :, c].to(dtype)
+        decay, gradient = conjugate(a_rows[c].to(dtype), pairs), dh_rows[c].to(dtype)
         A = decay if A is None else multiply(decay, A, pairs)
-        X = multiply(decay, gradient if X is None else gradient + X, pairs)
+        X = unless(marks[c], multiply(decay, gradient if X is None else gradient + X, pairs))
     assert A is not None
     assert X is not None
     return A, X
 
 
 def outputs_backward(
-    a: Tensor, dh: Tensor, h: Tensor, before: Tensor, entering: Tensor, pairs: bool, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    a: Tensor, dh: Tensor, h: Tensor, before: Tensor, entering: Tensor, first: Tensor | None = None, *,
+    pairs: bool, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """da, dx [B, n, C, D] and c [B, n, D] leaving each chunk; `before`: h before each chunk's first row in time."""
     chunk, dtype = a.shape[2], entering.dtype
     order = range(chunk)[:: 1 if reverse else -1]
+    a_rows, dh_rows, h_rows, marks = a.unbind(2), dh.unbind(2), h.unbind(2), marks_of(first, a.shape[2])
     das, dxs, carried, step = [], [], entering, -order.step
     for c in order:
-        g = dh[:, :, c].to(dtype) + carried
-        previous = h[:, :, c - step].to(dtype) if 0 <= c - step < chunk else before.to(dtype)
+        g = dh_rows[c].to(dtype) + carried
+        previous = h_rows[c - step].to(dtype) if 0 <= c - step < chunk else before.to(dtype)
         das.append(multiply(g, conjugate(previous, pairs), pairs).to(a.dtype))
         dxs.append(g.to(h.dtype))
-        carried = multiply(conjugate(a[:, :, c].to(dtype), pairs), g, pairs)
+        carried = unless(marks[c], multiply(conjugate(a_rows[c].to(dtype), pairs), g, pairs))
     return torch.stack(das[:: order.step], 2), torch.stack(dxs[:: order.step], 2), carried
 
 
@@ -92,30 +114,61 @@ def chunks(rows: Tensor, chunk: int, fill: Tensor | float = 0.0) -> Tensor:
 
 
 def states(
-    A: Tensor, X: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]
-) -> tuple[Tensor, Tensor]:
+    A: Tensor, X: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int],
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The state that enters each of the chunks with summaries A, X [B, n, D], and the one that leaves the last."""
     n = A.shape[1]
     if n == 1:
-        return initial[:, None], multiply(A[:, 0], initial, pairs) + X[:, 0]
-    leaving, final = chunked(A, X, initial, pairs, reverse, config)
+        return initial[:, None], (unless(first, multiply(A, initial[:, None], pairs)) + X)[:, 0]
+    leaving, final = chunked(A, X, initial, pairs, reverse, config, first)
     if reverse:
         return torch.cat([leaving[:, 1:], initial[:, None]], 1), final
     return torch.cat([initial[:, None], leaving[:, :-1]], 1), final
 
 
 def chunked(
-    a: Tensor, x: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int]
-) -> tuple[Tensor, Tensor]:
+    a: Tensor, x: Tensor, initial: Tensor, pairs: bool, reverse: bool, config: Mapping[str, int],
+    first: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h [B, T, D] in x's dtype and the final state [B, D]."""
     length, chunk = x.shape[1], config["chunk"]
     a, x = chunks(a, chunk, ones(a[:, :1], pairs)), chunks(x, chunk)
+    marks = [] if first is None else [chunks(first, chunk, False)]
     entering, final = initial[:, None], None
     if a.shape[1] > 1:
-        A, X = _run(summary, config, a, x, pairs=pairs, reverse=reverse)
-        entering, final = states(A, X, initial, pairs, reverse, config)
-    h, leaving = _run(outputs, config, a, x, entering, pairs=pairs, reverse=reverse)
+        A, X = _run(summary, config, a, x, *marks, pairs=pairs, reverse=reverse)
+        entering, final = states(A, X, initial, pairs, reverse, config, *(mark.any(2) for mark in marks))
+    h, leaving = _run(outputs, config, a, x, entering, *marks, pairs=pairs, reverse=reverse)
     return h.flatten(1, 2)[:, :length], leaving[:, 0] if final is None else final
+
+
+def chunked_backward(
+    a: Tensor, dh: Tensor, h: Tensor, initial: Tensor, dfinal: Tensor, pairs: bool, reverse: bool,
+    config: Mapping[str, int], first: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """da, dx [B, T, D] and the gradient [B, D] of the initial state. da of marked rows is as if they did not forget."""
+    length, chunk, dtype = h.shape[1], config["chunk"], dfinal.dtype
+    if first is not None or (reverse and length % chunk):
+        # rows before the first are the initial state, which is not rounded to the dtype of sequences; and the gradients
+        # of packed sequences' first rows are made from dx
+        h = h.to(dtype)
+    a_chunks, dh_chunks = chunks(a, chunk, ones(a[:, :1], pairs)), chunks(dh, chunk)
+    h_chunks = chunks(h, chunk, initial[:, None].to(h.dtype))
+    marks = [] if first is None else [chunks(first, chunk, False)]
+    if h_chunks.shape[1] == 1:
+        carried = dfinal[:, None]
+    else:
+        A, X = _run(summary_backward, config, a_chunks, dh_chunks, *marks, pairs=pairs, reverse=reverse)
+        carried, _ = states(A, X, dfinal, pairs, not reverse, config, *(mark.any(2) for mark in marks))
+    if reverse:
+        before = torch.cat([h_chunks[:, 1:, 0].to(initial.dtype), initial[:, None]], 1)
+    else:
+        before = torch.cat([initial[:, None], h_chunks[:, :-1, -1].to(initial.dtype)], 1)
+    da, dx, c = _run(
+        outputs_backward, config, a_chunks, dh_chunks, h_chunks, before, carried, *marks, pairs=pairs, reverse=reverse
+    )
+    return da.flatten(1, 2)[:, :length], dx.flatten(1, 2)[:, :length], c[:, -1 if reverse else 0]
 
 
 def _run(function: Callable[..., Any], config: Mapping[str, int], *tensors: Tensor, **flags: bool) -> Any:
@@ -140,7 +193,7 @@ def forward(
     first, dtype = packing.spread(packing.first_rows(), x), initial.dtype
     entering = multiply(a.to(dtype), packing.of_each_row(initial), pairs)
     rows = torch.where(first, x.to(dtype) + entering, x.to(dtype))
-    h, _ = chunked(a.masked_fill(first, 0), rows, torch.zeros_like(initial[:1]), pairs, reverse, config)
+    h, _ = chunked(a, rows, torch.zeros_like(initial[:1]), pairs, reverse, config, first)
     return h.to(x.dtype).contiguous(), packing.unless_empty(packing.at_last_rows(h), initial).clone()
 
 
@@ -156,39 +209,17 @@ def backward(
     needs: tuple[bool, ...],
     config: Mapping[str, int],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    pairs, packing, chunk, length = h.ndim == 4, Packing.of(h, cu_seqlens, reverse), config["chunk"], h.shape[1]
-    dtype = h.dtype
+    pairs, packing, dtype = h.ndim == 4, Packing.of(h, cu_seqlens, reverse), h.dtype
     initial, dfinal = packing.given(initial_state, h), packing.given(dfinal_state, h)
     dh = torch.zeros_like(h) if dh is None else dh
-    inner, entering = a, dfinal
-    if cu_seqlens is not None:
+    if cu_seqlens is None:
+        da, dx, dinitial = chunked_backward(a, dh, h, initial, dfinal, pairs, reverse, config)
+    else:
         # nothing is carried over a border: the gradient of each final state enters with its last row's own
         first, last = packing.spread(packing.first_rows(), h), packing.spread(packing.last_rows(), h)
         dh = torch.where(last, dh.to(dfinal.dtype) + packing.of_each_row(dfinal), dh.to(dfinal.dtype))
-        inner, entering = a.masked_fill(first, 0), torch.zeros_like(dfinal[:1])
-    if cu_seqlens is not None or (reverse and length % chunk):
-        # rows before the first are the initial state, which is not rounded to the dtype of sequences; and the gradients
-        # of packed sequences' first rows are made from dx
-        h = h.to(dfinal.dtype)
-    a_chunks, dh_chunks = chunks(inner, chunk, ones(a[:, :1], pairs)), chunks(dh, chunk)
-    start = initial if cu_seqlens is None else torch.zeros_like(entering)
-    h_chunks = chunks(h, chunk, start[:, None].to(h.dtype))
-    n = h_chunks.shape[1]
-    if n == 1:
-        carried = entering[:, None]
-    else:
-        A, X = _run(summary_backward, config, a_chunks, dh_chunks, pairs=pairs, reverse=reverse)
-        carried, _ = states(A, X, entering, pairs, not reverse, config)
-    if reverse:
-        before = torch.cat([h_chunks[:, 1:, 0].to(start.dtype), start[:, None]], 1)
-    else:
-        before = torch.cat([start[:, None], h_chunks[:, :-1, -1].to(start.dtype)], 1)
-    da, dx, c = _run(
-        outputs_backward, config, a_chunks, dh_chunks, h_chunks, before, carried, pairs=pairs, reverse=reverse
-    )
-    da, dx = da.flatten(1, 2)[:, :length], dx.flatten(1, 2)[:, :length]
-    dinitial = c[:, -1 if reverse else 0]
-    if cu_seqlens is not None:
+        nothing = torch.zeros_like(dfinal[:1])
+        da, dx, _ = chunked_backward(a, dh, h, nothing, nothing, pairs, reverse, config, first)
         starts = packing.of_each_row(initial)
         da = torch.where(first, multiply(dx, conjugate(starts, pairs), pairs).to(da.dtype), da)
         dinitial = packing.at_first_rows(multiply(conjugate(a.to(dx.dtype), pairs), dx, pairs))

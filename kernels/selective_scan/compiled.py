@@ -90,15 +90,15 @@ def backward(
     dA, dD, dinitial = torch.zeros_like(A), torch.zeros_like(parts.D), parts.final()
     carried = torch.zeros_like(parts.first) if parts.packed else dfinal
     for part in parts.backwards():
-        a, inner, inputs = part.opened()
-        h = part.scan(inner, inputs)[0]
+        a, inputs = part.opened()
+        h = part.scan(a, inputs)[0]
         given = x.new_zeros(x[:, part.rows].shape) if dy is None else dy[:, part.rows]
         given = given.to(parts.dtype)
         dh = given[..., None] * part.of(C)[:, :, None]
         if part.last is not None:
             # nothing is carried over a border: the gradient of each final state enters with its last row's own
             dh = dh + torch.where(part.last, part.owned(dfinal), 0)
-        da, g, carried = part.scan_backward(dh, carried, inner, h)
+        da, g, carried = part.scan_backward(dh, carried, a, h)
         if part.first is not None:
             da = torch.where(part.first, g * part.owned(parts.initial), da)
             part.keep(dinitial, part.first, a * g)
@@ -145,7 +145,7 @@ class _Parts:
         entering = self.first
         for start in range(0, self.packing.length, self.config["rows"]):
             part = self.part(start, entering)
-            h, entering = part.scan(*part.opened()[1:])
+            h, entering = part.scan(*part.opened())
             yield part, h
 
     def backwards(self) -> Iterator[_Part]:
@@ -154,7 +154,7 @@ class _Parts:
         starts = range(0, self.packing.length, self.config["rows"])
         for start in starts[:-1]:
             part = self.part(start, kept[-1])
-            kept.append(part.scan(*part.opened()[1:])[1])
+            kept.append(part.scan(*part.opened())[1])
         return (self.part(start, entering) for start, entering in zip(starts[::-1], kept[::-1]))
 
     def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -168,9 +168,10 @@ class _Part:
         self.parts, self.rows, self.entering = parts, rows, entering
         x, delta, _ = parts.given
         self.x, self.delta = self.of(x), self.of(delta)
-        self.first = self.last = None
+        self.first = self.last = self.forgets = None
         if parts.borders is not None:
             self.first, self.last = (border[rows].view(1, -1, 1, 1) for border in parts.borders)
+            self.forgets = self.first.flatten(2)
 
     def of(self, sequence: Tensor) -> Tensor:
         return sequence[:, self.rows].to(self.parts.dtype)
@@ -180,31 +181,27 @@ class _Part:
         assert self.parts.packing.owner is not None
         return state[self.parts.packing.owner[self.rows]][None]
 
-    def opened(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The decays; and decays and inputs for the scan, in which a sequence's first row forgets what came before."""
+    def opened(self) -> tuple[Tensor, Tensor]:
+        """The scan's decays and inputs; a sequence's first row, which forgets what came before, brings its own."""
         parts = self.parts
         a, inputs = parts.run(opened, self.x, self.delta, self.of(parts.given[2]), parts.A)
         if self.first is None:
-            return a, a, inputs
-        entering = torch.where(self.first, a * self.owned(parts.initial), 0)
-        return a, a.masked_fill(self.first, 0), inputs + entering
+            return a, inputs
+        return a, inputs + torch.where(self.first, a * self.owned(parts.initial), 0)
 
     def scan(self, a: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The states [B, rows, D, K] and the one that leaves."""
         h, leaving = scan.chunked(
-            a.flatten(2), inputs.flatten(2), self.entering.flatten(1), False, False, self.parts.config
+            a.flatten(2), inputs.flatten(2), self.entering.flatten(1), False, False, self.parts.config, self.forgets
         )
         return h.reshape(a.shape), leaving.reshape(self.entering.shape)
 
     def scan_backward(self, dh: Tensor, dleaving: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the scan's decays, inputs and entering state."""
-        da, g, dentering = scan.backward(
-            dh.flatten(2), dleaving.flatten(1), a.flatten(2), h.flatten(2), self.entering.flatten(1), None,
-            reverse=False, needs=(True, True, True), config=self.parts.config,
+        da, g, dentering = scan.chunked_backward(
+            a.flatten(2), dh.flatten(2), h.flatten(2), self.entering.flatten(1), dleaving.flatten(1), False, False,
+            self.parts.config, self.forgets,
         )  # fmt: skip
-        assert da is not None
-        assert g is not None
-        assert dentering is not None
         return da.reshape(a.shape), g.reshape(a.shape), dentering.reshape(self.entering.shape)
 
     def keep(self, states: Tensor, where: Tensor, rows: Tensor) -> None:
