@@ -80,7 +80,7 @@ def layer_rows(layer: mixers.SequenceMixer, kind: str, limit: float, rounds: int
     detail = f"{whole * 1e3:.1f} ms, {alone * 1e3:.1f} ms"
     yield Row(f"layer / its projections, forward, {kind}", whole / alone, limit, "×", detail)
     steps = [training(lambda x: projections(layer, x), layer, x), training(lambda x: [layer(x)[0]], layer, x)]
-    alone, whole = medians(steps, max(rounds // 4, 3))
+    alone, whole = medians(steps, max(rounds // 2, 3))
     detail = f"{whole * 1e3:.1f} ms, {alone * 1e3:.1f} ms"
     yield Row(f"layer / its projections, forward + backward, {kind}", whole / alone, limit, "×", detail)
 

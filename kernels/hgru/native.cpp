@@ -28,19 +28,27 @@ INLINE void row_of_silu(int64_t n, bool backwards, const Rows<T>& i, const Rows<
     };
     auto input = [&](Place at) INLINE_BODY { return read_numbers<false, W>(i.row + at.column); };
     auto gate = [&](Place at) INLINE_BODY { return read_numbers<false, W>(f.row + at.column); };
-    auto before = [&](Place at) INLINE_BODY { return load<W>(state.re.at + at.slot); };
-    auto upper = [&](Place at) INLINE_BODY { return load<W>(constant.upper.at + at.slot); };
-    auto keep = [&](Place at, const Vec<float, W>& v) INLINE_BODY {
-        store(state.re.at + at.slot, v);
-        write_numbers<false>(h.row + at.column, v);
-    };
     if constexpr (kVectorRegisters < 32) {
         for_vectors<W>(n, backwards, [&](int64_t column, int64_t slot) INLINE_BODY {
             const Place at{column, slot};
             fetch(at);
-            keep(at, step_by_quotients<W>(before(at), input(at), gate(at), upper(at)));
+            auto in = input(at), open = gate(at), after = in;
+            in_registers<W, float>([&]<int P>(int k) INLINE_BODY {
+                float* s = state.re.at + slot + k * P;
+                auto upper = load<P>(constant.upper.at + slot + k * P);
+                auto& h = lanes_of<P>(after, k);
+                h = step_by_quotients<P>(load<P>(s), lanes_of<P>(in, k), lanes_of<P>(open, k), upper);
+                store(s, h);
+            });
+            write_numbers<false>(h.row + column, after);
         });
     } else {
+        auto before = [&](Place at) INLINE_BODY { return load<W>(state.re.at + at.slot); };
+        auto upper = [&](Place at) INLINE_BODY { return load<W>(constant.upper.at + at.slot); };
+        auto keep = [&](Place at, const Vec<float, W>& v) INLINE_BODY {
+            store(state.re.at + at.slot, v);
+            write_numbers<false>(h.row + at.column, v);
+        };
         for_two_vectors<W>(n, backwards, [&](auto... at) INLINE_BODY {
             constexpr int all = sizeof...(at) * W;
             (fetch(at), ...);
