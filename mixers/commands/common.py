@@ -169,11 +169,18 @@ def problems_of(mixer: SequenceMixer, batch: int, length: int, *, backward: bool
 
 
 def problems_at(mixer: SequenceMixer, batch: int, length: int, *, backward: bool) -> list[Problem]:
-    """The same problems. Nothing is computed, but for a single token, which has a way of its own on real tensors."""
-    if length == 1:
-        return list(problems_of(mixer, batch, length, backward=backward))
+    """The same problems. Nothing is computed, but for a single token, which has a way of its own on real tensors, and
+    where a mixer looks at numbers."""
+    if length > 1:
+        # what is wrong with the mixer or its input, the run says too
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            return _rehearsed(mixer, batch, length, backward)
+    return list(problems_of(mixer, batch, length, backward=backward))
+
+
+def _rehearsed(mixer: SequenceMixer, batch: int, length: int, backward: bool) -> list[Problem]:
     first, *others = mixer.parameters()
-    with mistakes(), rehearsing() as met, torch.set_grad_enabled(backward):
+    with rehearsing() as met, torch.set_grad_enabled(backward):
         x = torch.empty(batch, length, mixer.dim, device=first.device, dtype=first.dtype, requires_grad=backward)
         y, _ = mixer(x)
         if backward:
