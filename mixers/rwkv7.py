@@ -170,4 +170,6 @@ def _rank(factor: float, dim: int) -> int:
 def _orthogonal(weight: Tensor) -> None:
     """[out, in]: orthogonal rows or columns of length 0.1, longer if there are more outputs than inputs."""
     outputs, inputs = weight.shape
-    nn.init.orthogonal_(weight, gain=0.1 * math.sqrt(max(outputs / inputs, 1)))
+    # torch has no QR decomposition of 16 bits, which may be the default dtype
+    wide = torch.empty_like(weight, dtype=state_dtype(weight.dtype))
+    weight.copy_(nn.init.orthogonal_(wide, gain=0.1 * math.sqrt(max(outputs / inputs, 1))))

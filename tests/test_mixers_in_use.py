@@ -38,6 +38,18 @@ def reset(module: nn.Module) -> None:
         module.reset_parameters()
 
 
+@pytest.mark.parametrize("name", mixers.names())
+def test_16_bits_may_be_the_default_dtype(name: str) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = mixers.build(name, 12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for parameter in layer.parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.isfinite().all()
+
+
 def test_tensors_of_others_are_not_reset() -> None:
     layer = mixers.build("hgrn", 12)
     layer.i_proj = nn.Sequential(layer.i_proj)
