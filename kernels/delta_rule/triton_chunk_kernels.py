@@ -24,11 +24,13 @@ from kernels.delta_rule.triton_chunk_tiles import (
     gradients_of_values,
     load_blocks,
     load_inverse,
+    load_keys,
     load_pairs,
     load_turned,
     lower,
     product,
     rows_left,
+    store_block,
     store_blocks,
     store_inverse,
     store_turned,
@@ -57,7 +59,9 @@ def between_rows(log_decay, first, count, h, H, C: tl.constexpr):
 def decays(log_decay, first, count, h, H, C: tl.constexpr):
     # Of what enters by row [C], of what a row writes by the chunk's end [C], and over the chunk
     if log_decay is None:
-        return tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32), 1.0
+        # one that the compiler does not know: sums on a state that is not multiplied it leaves to the end, all at once
+        total = tl.where(count > 0, 1.0, 0.0)
+        return tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32), total
     else:
         g = load_vector(log_decay, first, count, h, H, C)
         suffix = tl.exp(tl.sum(tl.where(below(C), g[:, None], 0.0), 0))
@@ -100,21 +104,19 @@ def delta_chunks(
 ):  # fmt: skip
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
     state = load_blocks(initial, n * H + h, K, V, values, BK, BLOCKS)
-    # a number of 64 bits is two registers, which two parts of float32 do not leave
-    chunks = tl.cdiv(length, C) if NARROW else tl.cdiv(length, C).to(tl.int32)
+    # a number of 64 bits is two registers
+    chunks = tl.cdiv(length, C).to(tl.int32)
     for c in range(0, chunks):
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
-        if entering is not None:
-            store_blocks(entering, index, K, V, values, state, BK, BLOCKS)
         seen, out = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
         M = tl.zeros([C, C], tl.float32)
         for b in tl.static_range(BLOCKS):
-            keys = b * BK + tl.arange(0, BK)
-            key = load_tile(k, first, count, h, H, K, keys, C)
-            seen = added(seen, state[b], tl.trans(key), NARROW, PRECISE, BATCHED)
+            key = load_keys(k, first, count, h, H, K, b, BK, C)
+            # these sums have room in B200's tensor memory, whatever the others are
+            seen = added(seen, state[b], tl.trans(key), NARROW, PRECISE, False)
             if y is not None:
                 # beside the other read, for the sake of registers
-                query = load_tile(q, first, count, h, H, K, keys, C)
+                query = load_keys(q, first, count, h, H, K, b, BK, C)
                 out = added(out, state[b], tl.trans(query), NARROW, PRECISE, BATCHED)
                 if reads is None:
                     M += product_of_inputs(query, tl.trans(key), NARROW, PRECISE)
@@ -134,9 +136,11 @@ def delta_chunks(
         u *= suffix[None, :]
         left = ()
         for b in tl.static_range(BLOCKS):
+            if entering is not None:
+                store_block(entering, index, K, V, values, b, state[b], BK)
             if BLOCKS > 1:
                 # once more, for the sake of registers
-                key = load_tile(k, first, count, h, H, K, b * BK + tl.arange(0, BK), C)
+                key = load_keys(k, first, count, h, H, K, b, BK, C)
             left += (added(total * state[b], u, key, NARROW, PRECISE, BATCHED),)
         state = left
     if final is not None:
@@ -151,31 +155,42 @@ def delta_chunks_back(
 ):  # fmt: skip
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
     dstate = load_blocks(dfinal, n * H + h, K, V, values, BK, BLOCKS)
-    chunks = tl.cdiv(length, C)
+    chunks = tl.cdiv(length, C).to(tl.int32)
     for back in range(0, chunks):
         c = chunks - 1 - back
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
-        store_blocks(leaving, index, K, V, values, dstate, BK, BLOCKS)
-        du = tl.zeros([BV, C], tl.float32)
-        for b in tl.static_range(BLOCKS):
-            keys = b * BK + tl.arange(0, BK)
-            key = load_tile(k, first, count, h, H, K, keys, C)
-            du = added(du, dstate[b], tl.trans(key), NARROW, PRECISE, BATCHED)
-        out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
         prefix, suffix, total = decays(log_decay, first, count, h, H, C)
-        du = du * suffix[None, :] + product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, BATCHED)
-        du *= load_vector(beta, first, count, h, H, C)[None, :]
+        du, kept = tl.zeros([BV, C], tl.float32), ()
+        if BATCHED:
+            out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
+            written = product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, BATCHED)
+            out *= prefix[None, :]
+        for b in tl.static_range(BLOCKS):
+            key = load_keys(k, first, count, h, H, K, b, BK, C)
+            du = added(du, dstate[b], tl.trans(key), NARROW, PRECISE, False)
+            if BATCHED:
+                # no query waits beside the keys
+                store_block(leaving, index, K, V, values, b, dstate[b], BK)
+                query = load_keys(q, first, count, h, H, K, b, BK, C)
+                kept += (added(total * dstate[b], out, query, NARROW, PRECISE, BATCHED),)
+        if not BATCHED:
+            out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
+            written = product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, BATCHED)
+            out *= prefix[None, :]
+        du = (du * suffix[None, :] + written) * load_vector(beta, first, count, h, H, C)[None, :]
         dvalue = product(du, load_inverse(inverses, index, C), False, PRECISE, BATCHED)
         store_turned(dvalues, first, count, h, H, V, values, dvalue, C)
-        out, dvalue = out * prefix[None, :], dvalue * prefix[None, :]
+        if not BATCHED:
+            for b in tl.static_range(BLOCKS):
+                store_block(leaving, index, K, V, values, b, dstate[b], BK)
+                query = load_keys(q, first, count, h, H, K, b, BK, C)
+                kept += (added(total * dstate[b], out, query, NARROW, PRECISE, BATCHED),)
+        dvalue *= -prefix[None, :]
         entered = ()
         for b in tl.static_range(BLOCKS):
             # once more, for the sake of registers
-            keys = b * BK + tl.arange(0, BK)
-            key = load_tile(k, first, count, h, H, K, keys, C)
-            query = load_tile(q, first, count, h, H, K, keys, C)
-            kept = added(total * dstate[b], out, query, NARROW, PRECISE, BATCHED)
-            entered += (added(kept, -dvalue, key, NARROW, PRECISE, BATCHED),)
+            key = load_keys(k, first, count, h, H, K, b, BK, C)
+            entered += (added(kept[b], dvalue, key, NARROW, PRECISE, BATCHED),)
         dstate = entered
     if dinitial is not None:
         store_blocks(dinitial, n * H + h, K, V, values, dstate, BK, BLOCKS)

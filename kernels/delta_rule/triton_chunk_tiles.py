@@ -82,6 +82,15 @@ def rows_left(length, c, C: tl.constexpr):
 
 
 @triton.jit
+def load_keys(tensor, first, count, h, H, K, b, BK: tl.constexpr, C: tl.constexpr):
+    # [C, keys] of tile b. Tiles differ in where they begin and share all places after it: those of each take registers
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    inside = (rows < count)[:, None] & (keys < K - b * BK)[None, :]
+    begin = tensor + ((first * H + h) * K + b * BK)
+    return tl.load(begin + (rows[:, None] * (H * K) + keys[None, :]), inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_turned(tensor, first, count, h, H, W, columns, C: tl.constexpr):
     # [columns, C]
     rows = tl.arange(0, C)
@@ -118,11 +127,17 @@ def load_blocks(states, index, K, V, values, BK: tl.constexpr, BLOCKS: tl.conste
 
 
 @triton.jit
+def store_block(states, index, K, V, values, b, block, BK: tl.constexpr):
+    # Tile b of a state; of places, see load_keys
+    keys = tl.arange(0, BK)
+    inside = (values < V)[:, None] & (keys < K - b * BK)[None, :]
+    tl.store(states + (index * K + b * BK) * V + (keys[None, :] * V + values[:, None]), block, inside)
+
+
+@triton.jit
 def store_blocks(states, index, K, V, values, blocks, BK: tl.constexpr, BLOCKS: tl.constexpr):
     for b in tl.static_range(BLOCKS):
-        keys = b * BK + tl.arange(0, BK)
-        inside = (values < V)[:, None] & (keys < K)[None, :]
-        tl.store(states + index * K * V + (keys[None, :] * V + values[:, None]), blocks[b], inside)
+        store_block(states, index, K, V, values, b, blocks[b], BK)
 
 
 @triton.jit

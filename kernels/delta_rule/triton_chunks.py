@@ -63,12 +63,12 @@ def cannot(problem: Problem) -> list[str]:
 
     The loop over rows then has it to itself, which moves several times as much: see the derivation.
     """
-    # float32 takes two parts in registers
-    reasons = misfits(problem, 64 if problem.dtypes["q"].itemsize == 4 else 128)
     K, V = problem.sizes["K"], problem.sizes["V"]
-    if by_key(problem) and K > 64 and (K % 32 or V % HALF):
-        # masks and places that are not aligned spill 8 to 16 bytes on A100 and B200
-        whole = f"chunks of more than 64 keys with a decay each are for multiples of 32 and {HALF}"
+    # float32 takes two parts in registers, and so do its decays
+    reasons = misfits(problem, 64 if by_key(problem) and problem.dtypes["q"].itemsize == 4 else 128)
+    if scaled(problem) and K > 64 and (K % 32 or V % HALF):
+        # masks and places that are not aligned spill 8 to 16 bytes on A100, H100 and B200
+        whole = f"chunks of more than 64 keys in float32, or with a decay each, are for multiples of 32 and {HALF}"
         reasons.append(f"axes K, V are {K}, {V}; {whole}")
     return reasons
 
@@ -94,12 +94,12 @@ def configs(problem: Problem) -> list[dict[str, int]]:
 
     chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them; its keys are
     in tiles of `keys`. Of up to 64 keys forward 64 values where there are no more; fewer would need more registers for
-    the keys, and so would 64 in the walk against time. Of more keys with a decay each, what fills all programs.
+    the keys, and so would 64 in the walk against time. Of more keys in two parts, what fills all programs.
     """
     if cannot(problem):
         return []
     K, V = problem.sizes["K"], problem.sizes["V"]
-    if by_key(problem) and K > 64:
+    if scaled(problem) and K > 64:
         chosen = [64] if V % 128 else [128]
     elif by_key(problem) or (scaled(problem) and K > 32):
         chosen = [64]
@@ -109,7 +109,8 @@ def configs(problem: Problem) -> list[dict[str, int]]:
         chosen = [128]
     else:
         chosen = [64] if V <= 64 else [128, 64]
-    return [{"chunk": C, "values": values, "keys": tile(K, scaled(problem))} for values in chosen]
+    keys = 16 if K > 64 and problem.dtypes["q"].itemsize == 4 else tile(K, scaled(problem))
+    return [{"chunk": C, "values": values, "keys": keys} for values in chosen]
 
 
 def by_key(problem: Problem) -> bool:
@@ -174,8 +175,8 @@ class Chunks:
         self.blocks = -(-self.keys // self.BK)
         # B200 has no room for 128 values and the places of rows that are not aligned, or masks of keys
         self.tiles_on_b200 = target == "sm_100" and self.blocks > 1
-        # with a decay for each of more than 64 keys its states are in registers, of 64 values too
-        self.many_scaled = self.tiles_on_b200 and self.by_key and self.blocks > 2
+        # of more than 64 keys in float32, or with a decay each, its states are in registers, of 64 values too
+        self.many_scaled = self.tiles_on_b200 and (self.by_key or q.element_size() == 4) and self.keys > 64
         if self.tiles_on_b200 and not self.many_scaled and (self.values % 16 or self.keys % self.BK):
             self.BV = min(self.BV, HALF)
         # a program that fills the tensor memory is alone on its multiprocessor

@@ -46,7 +46,7 @@ def test_default_configs(op: str, direction: str, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "dtype, keys, per_key",
-    [(BFLOAT16, 64, False), (BFLOAT16, 128, False), (BFLOAT16, 128, True), (FLOAT32, 64, True)],
+    [(BFLOAT16, 64, False), (BFLOAT16, 128, False), (FLOAT32, 128, False), (BFLOAT16, 128, True), (FLOAT32, 64, True)],
     ids=str,
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -86,10 +86,13 @@ def test_chunks_of_decays_per_key(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("facts", [{}, {"packed": True}, {"initial_state": False}], ids=str)
 @pytest.mark.parametrize("keys", [96, 128])
+@pytest.mark.parametrize("dtype, per_key", [(BFLOAT16, True), (FLOAT32, False)], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_chunks_of_decays_of_many_keys(direction: str, keys: int, facts: dict[str, Any], target: str) -> None:
+def test_chunks_of_many_keys_in_two_parts(
+    direction: str, dtype: torch.dtype, per_key: bool, keys: int, facts: dict[str, Any], target: str
+) -> None:
     for values in (64, 128, 192):
-        check("delta_rule", target, direction, 0, keys=keys, values=values, chunks=True, **facts)
+        check("delta_rule", target, direction, 0, dtype, keys, values, chunks=True, per_key=per_key, **facts)
 
 
 @pytest.mark.parametrize("target", TARGETS)
