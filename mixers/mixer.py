@@ -57,6 +57,7 @@ class SequenceMixer(nn.Module):
 
         Raises:
             ValueError: x, state or cu_seqlens do not fit; the message names the mixer, the axis and both values.
+            TypeError: x is no tensor of a floating-point dtype, or of another than the weights outside autocast.
         """
         self._check(x, state, cu_seqlens)
         if state is None and self.causal:
@@ -108,6 +109,13 @@ class SequenceMixer(nn.Module):
             raise TypeError(f"{name}: x is {x.dtype}, expected a floating-point dtype")
         if batch == 0 or length == 0:
             raise ValueError(f"{name}: x is {list(shape)}; axes B and T must be at least 1")
+        if not torch.compiler.is_compiling():
+            for child in self._modules.values():
+                weight = None if child is None else child._parameters.get("weight")
+                if weight is not None and weight.dtype is x.dtype and weight.device == x.device:
+                    break
+            else:
+                self._check_weights(name, x)
         if cu_seqlens is not None:
             if batch != 1:
                 raise ValueError(f"{name}: axis B is {batch}, but packed sequences (cu_seqlens) need B = 1")
@@ -125,6 +133,22 @@ class SequenceMixer(nn.Module):
         if not self.causal:
             raise ValueError(f"{name}: a bidirectional mixer has no state, but one was passed")
         self._check_state(name, state, batch, x.device)
+
+    def _check_weights(self, name: str, x: Tensor) -> None:
+        """x is where the linear maps' weights are, and in their dtype; unless a wrapper, hook or mode sees to it."""
+        linear = [child for child, module in self._modules.items() if type(module) is nn.Linear]
+        if not linear or autocasts(x.device.type):
+            return
+        # no kernels are imported with the names of the mixers
+        from kernels.registration import watched
+        from mixers.projections import plain_maps
+
+        maps = [found for child in linear for found in plain_maps(self, child) or ()]
+        weights = [weight for weight, _ in maps if type(weight) is nn.Parameter and weight.ndim == 2]
+        if not weights or watched() or any(p.dtype == x.dtype and p.device == x.device for p in self.parameters()):
+            return
+        _check_device(name, "its weights are", weights[0].device, x.device)
+        raise TypeError(f"{name}: x is {x.dtype}, but its weights are {weights[0].dtype}, and there is no autocast")
 
     def _check_state(self, name: str, state: State, batch: int, device: torch.device) -> None:
         """The state has the parts and sizes of this mixer's: it is neither another mixer's nor of other options."""

@@ -140,7 +140,7 @@ def test_who_looks_sees_the_ops(native: list[str]) -> None:
     ):
         with pytest.raises(error, match=what):
             layer(x, {"h": state})
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(TypeError, match="but its weights are"):
         layer(x.double())
     layer.theta = nn.Parameter(torch.zeros(1, 8, 1))
     with pytest.raises(ValueError, match="theta"):

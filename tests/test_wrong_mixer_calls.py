@@ -62,6 +62,16 @@ WRONG: dict[str, tuple[type[Exception], str, Any]] = {
         "axis B is 2, but packed sequences",
         lambda: mixers.build("hgrn", 8)(torch.zeros(2, 2, 8), cu_seqlens=torch.tensor([0, 2])),
     ),
+    "weights of another dtype": (
+        TypeError,
+        "HGRN: x is torch.bfloat16, but its weights are torch.float32",
+        lambda: mixers.build("hgrn", 8)(torch.zeros(1, 2, 8).bfloat16()),
+    ),
+    "weights elsewhere": (
+        ValueError,
+        "Attention: its weights are on cpu, but x is on meta",
+        lambda: mixers.build("attention", 8)(torch.zeros(1, 2, 8, device="meta")),
+    ),
     "numpy": (TypeError, "x is a ndarray", lambda: mixers.build("hgrn", 8)(torch.zeros(1, 2, 8).numpy())),
     "a list": (
         TypeError,
@@ -175,6 +185,16 @@ def test_wrong_calls(name: str) -> None:
     error, message, call = WRONG[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_casts_before_a_linear_map_is_left_alone() -> None:
+    layer, x = mixers.build("mingru", 8), torch.zeros(1, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        layer(x.bfloat16())
+    for linear in layer.children():
+        linear.register_forward_pre_hook(lambda module, given: (given[0].to(module.weight.dtype),))
+    layer(x.bfloat16())
 
 
 @pytest.mark.parametrize("name", mixers.names())
