@@ -117,7 +117,8 @@ class Comparison:
 
 
 def paddable(op: Op) -> bool:
-    """Whether zeros before a sequence change nothing: a state of zeros stays one. Keys of zeros are attended to."""
+    """Whether rows of nothing before a sequence change nothing: a state of zeros stays one. Keys of zeros are attended
+    to."""
     return any(arg.name == "initial_state" for arg in op.inputs)
 
 
@@ -136,8 +137,8 @@ def from_nothing(op: Op, problem: Problem) -> Inputs:
 
 
 def padded(inputs: Inputs, problem: Problem) -> Inputs:
-    """The inputs as the last rows that the recurrence of a longer problem comes to. Before them the sequences are zero,
-    and the decays are theirs, again and again."""
+    """The inputs as the last rows that the recurrence of a longer problem comes to. Before them the sequences are
+    nothing, and the decays are theirs, again and again."""
     op, reverse = inputs.op, problem.options.get("reverse", False)
     short, more = inputs.problem.sizes["T"], problem.sizes["T"] - inputs.problem.sizes["T"]
     args = {arg.name: arg for arg in (*op.inputs, *op.outputs)}
@@ -146,7 +147,7 @@ def padded(inputs: Inputs, problem: Problem) -> Inputs:
     def pad(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or "T" not in args[name].letters:
             return tensor
-        before = tensor.new_zeros(tensor.shape[0], more, *tensor.shape[2:])
+        before = tensor.new_full((tensor.shape[0], more, *tensor.shape[2:]), args[name].nothing)
         if args[name].role != "sequence":
             before = tensor.repeat(1, -(-more // short), *[1] * (tensor.ndim - 2))[:, :more]
         return torch.cat((tensor, before) if reverse else (before, tensor), 1)

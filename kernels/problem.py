@@ -26,6 +26,7 @@ class Arg:
     role "sequence": one dtype for all of them, any of SEQUENCE_DTYPES; "decay" (and weights): the sequence dtype or the
     state dtype; "state": the state dtype; "index": int64. `pairs`: may carry a trailing axis of 2 (real and imaginary
     part). `differentiable`: False for an output that only the backward pass needs, and through which none runs.
+    `nothing`: rows of it leave a state of zeros as it is.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Arg:
     optional: bool = False
     pairs: bool = False
     differentiable: bool = True
+    nothing: float = 0.0
 
     @property
     def letters(self) -> tuple[str, ...]:

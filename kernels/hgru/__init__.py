@@ -144,7 +144,8 @@ OP = Op(
     name="hgru",
     inputs=(
         Arg("i", "B T D", pairs=True),
-        Arg("f", "B T D"),
+        # a share of nothing: what some activations make of 0 is not 0
+        Arg("f", "B T D", nothing=100.0),
         Arg("lower_bound", "D", "state", optional=True),
         Arg("theta", "D", "state", optional=True),
         Arg("initial_state", "N D", "state", optional=True, pairs=True),
