@@ -92,7 +92,7 @@ class Work:
             if q.device.type != "cpu":
                 q, k, v = (x.to(log_decay.dtype) for x in (q, k, v))
             q, k, v = (x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3])) for x in (q, k, v))
-            mask, blind = self._mask_of_few()
+            mask, blind, _ = self._mask_of_few()
             y, lse = fused.forward(q, k, v, mask, False, self.scale)
             y, lse = y.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -torch.inf)
         else:
@@ -130,7 +130,7 @@ class Work:
         # The scores' gradients are made from y, and dlog_decay is a sum of them that cancels: a rounded y will not do.
         narrow = q.dtype != log_decay.dtype
         if self.few:
-            mask, blind = self._mask_of_few()
+            mask, blind, at = self._mask_of_few()
             if narrow:
                 y = fused.forward(self.q, self.k, self.v, mask, False, 1.0)[0].masked_fill(blind[..., None], 0)
             # p of a blind query is exp(hidden - lse)
@@ -138,7 +138,8 @@ class Work:
             dq, dk, dv = fused.backward(dy, self.q, self.k, self.v, *rest)
             dq = dq.masked_fill(blind[..., None], 0)
             ends = self.spans[1]
-            dlog_decay = before(dk[..., -1])
+            of_rows = torch.zeros_like(dk[..., -1]).scatter_add_(1, at[..., None].expand_as(dq[..., -2]), dq[..., -2])
+            dlog_decay = before(dk[..., -1], of_rows)
             if ends is not None:
                 outside = torch.arange(k.shape[1], device=k.device) >= ends[:, None]
                 dlog_decay = dlog_decay.masked_fill(outside[..., None], 0)
@@ -155,7 +156,11 @@ class Work:
                     parts = fused.backward(dy[b, rows], *operands, y[b, rows], lse[b, rows], hide, False, 1.0)
                     for whole, part, where in zip((dq, dk, dv), parts, (rows, keys, keys)):
                         whole[b, where] += part
-                dlog_decay[segment.batch, segment.keys] += before(of_keys)
+                of_rows, queries = torch.zeros_like(of_keys), dq[segment.batch, segment.queries, :, -2]
+                # the last queries stand at the last keys
+                last = min(queries.shape[1], of_keys.shape[1])
+                of_rows[:, of_keys.shape[1] - last :] = queries[:, queries.shape[1] - last :]
+                dlog_decay[segment.batch, segment.keys] += before(of_keys, of_rows)
         groups = k.shape[2]
         dq = (dq[..., : q.shape[3]] * self.scale).to(q.dtype)
         dk, dv = (
@@ -211,8 +216,8 @@ class Work:
         distance = positions[:, None] - torch.arange(piece.keys.start, piece.keys.stop, device=device)
         return (distance < 0) | (distance >= self.window) if self.window else distance < 0
 
-    def _mask_of_few(self) -> tuple[Tensor, Tensor]:
-        """[B, H, T, S] for all queries and keys, and which queries see no key: [B, T, 1]."""
+    def _mask_of_few(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, H, T, S] for all queries and keys; which queries see no key [B, T, 1]; the key each stands at [B, T]."""
         q, k, _, log_decay = self.given
         sight = Sight.of(q, k, *self.spans, causal=True, window=self.window)
         visible = sight.visible(slice(None), 0, k.shape[1])
@@ -221,7 +226,7 @@ class Work:
         least = _least(q.to(dtype) * self.scale, own.repeat_interleave(self.times, 2), self.longest)
         mask = decay.bias(self.sums.at(at), self.sums, 0, HIDDEN, dtype)
         forgotten = mask < least.transpose(1, 2)[..., None]
-        return mask.masked_fill_(~visible[:, None] | forgotten, HIDDEN), ~visible.any(-1)[..., None]
+        return mask.masked_fill_(~visible[:, None] | forgotten, HIDDEN), ~visible.any(-1)[..., None], at
 
 
 def _least(q: Tensor, own: Tensor, longest: Tensor) -> Tensor:
@@ -231,6 +236,10 @@ def _least(q: Tensor, own: Tensor, longest: Tensor) -> Tensor:
     return math.log(torch.finfo(q.dtype).tiny) / 2 - ahead
 
 
-def before(of_keys: Tensor) -> Tensor:
-    """[B, S, H]: the sums over all keys before each."""
-    return F.pad(of_keys[:, :-1].double().cumsum(1), (0, 0, 1, 0))
+def before(of_keys: Tensor, of_rows: Tensor | None = None) -> Tensor:
+    """[B, S, H]: the sums of the scores' gradients over all keys before each, less those of the queries before it.
+
+    The latter add up to nothing but rounding errors, which are in the former too: most of the error of a small sum.
+    """
+    sums = of_keys.double() if of_rows is None else of_keys.double() - of_rows.double()
+    return F.pad(sums[:, :-1].cumsum(1), (0, 0, 1, 0))
