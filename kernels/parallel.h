@@ -2,6 +2,10 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <thread>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded, or null: then everything runs on the caller's thread.
 // It is handed over as a pointer so that a library never links, and so never starts, a second runtime.
@@ -36,4 +40,16 @@ void parallel_for(int64_t n, int64_t threads, const F& f) {
     };
     // 0 threads means as many as torch set; naming another number makes the runtime rebuild its pool.
     run_team(body, &team, 0, 0);
+}
+
+// Until another thread has counted so far.
+inline void wait_for(const std::atomic<int64_t>& counted, int64_t number) {
+    // longer than a part of the work takes: the other thread is not running
+    constexpr int tries = 4096;
+    for (int n = 0; counted.load(std::memory_order_acquire) < number; ++n) {
+        if (n >= tries) std::this_thread::yield();
+#if defined(__x86_64__)
+        else _mm_pause();
+#endif
+    }
 }

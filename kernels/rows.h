@@ -36,25 +36,42 @@ struct Tile {
     bool continues = false;
 };
 
-// Cuts sequences into blocks of columns: as wide as possible while each thread gets several tiles, or at least one.
+// What hardware fetches ahead of a row ends with its page: cut into longer parts, rows cost nothing.
+constexpr int64_t kPageBytes = 4096;
+
+// Cuts sequences into blocks of columns: whole rows where there are sequences enough for all threads. A thread that has
+// shorter parts of rows than a page also fetches what lies between them, which is another thread's.
 template <class S>
 struct Tiling {
+    // whole lines in the narrowest format, and so whole pairs and vectors
+    static constexpr int64_t kUnit = 2 * kCacheLine / sizeof(S);
     const Sequences& sequences;
     int64_t blocks, width;
 
-    explicit Tiling(const Sequences& s) : sequences(s) {
+    // column_bytes: of a tensor's row.
+    Tiling(const Sequences& s, int64_t column_bytes) : sequences(s) {
         const int64_t threads = s.split > 1 ? 1 : s.threads;
-        // whole lines in the narrowest format, and so whole pairs and vectors
-        constexpr int64_t unit = 2 * kCacheLine / sizeof(S), narrow = 8 * unit;
-        const int64_t widest = std::clamp<int64_t>(s.block, unit, kStateBytes / sizeof(S)) / unit * unit;
-        int64_t total = s.cu_seqlens ? s.rows : s.count * s.rows, longest = s.cu_seqlens ? 0 : s.rows;
-        for (int64_t n = 0; s.cu_seqlens && n < s.count; ++n)
-            longest = std::max(longest, s.cu_seqlens[n + 1] - s.cu_seqlens[n]);
-        auto blocks_for = [&](int64_t tiles) { return (threads * tiles * longest + total - 1) / total; };
-        int64_t wanted = std::max(blocks_for(1), std::min(blocks_for(4), s.columns / narrow));
-        width = (s.columns + wanted - 1) / wanted;
-        width = std::min((width + unit - 1) / unit * unit, widest);
-        blocks = (s.columns + width - 1) / width;
+        int64_t wanted = even_blocks(threads);
+        if (s.cu_seqlens) {
+            int64_t longest = 0;
+            for (int64_t n = 0; n < s.count; ++n) longest = std::max(longest, s.cu_seqlens[n + 1] - s.cu_seqlens[n]);
+            auto blocks_for = [&](int64_t tiles) { return (threads * tiles * longest + s.rows - 1) / s.rows; };
+            wanted = std::max(blocks_for(1), std::min(blocks_for(4), s.columns / (8 * kUnit)));
+        } else {
+            // as many for each thread as cost nothing: threads may be fast and slow ones
+            const int64_t several = (4 * threads + s.count - 1) / s.count;
+            wanted = std::max(wanted, std::min(several, s.columns * column_bytes / kPageBytes));
+        }
+        cut(wanted);
+    }
+
+    // Into so many blocks, or more, if a block's state would not fit; fewer, if there are not so many columns.
+    void cut(int64_t wanted) {
+        const int64_t columns = sequences.columns;
+        const int64_t widest = std::clamp<int64_t>(sequences.block, kUnit, kStateBytes / sizeof(S)) / kUnit * kUnit;
+        width = (columns + wanted - 1) / wanted;
+        width = std::min((width + kUnit - 1) / kUnit * kUnit, widest);
+        blocks = (columns + width - 1) / width;
     }
 
     int64_t tiles() const { return sequences.count * blocks; }
@@ -68,6 +85,14 @@ struct Tiling {
             t.rows = first[n + 1] - first[n];
         }
         return t;
+    }
+
+    // The least with which sequences of one length leave threads no more than a fifth of the time without work.
+    int64_t even_blocks(int64_t threads) const {
+        int64_t blocks = (threads + sequences.count - 1) / sequences.count;
+        auto rounds = [&] { return (sequences.count * blocks + threads - 1) / threads; };
+        while (4 * rounds() * threads > 5 * sequences.count * blocks) ++blocks;
+        return blocks;
     }
 
     // The strides of a contiguous tensor.

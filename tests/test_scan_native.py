@@ -97,6 +97,35 @@ def test_bits_are_the_same_in_the_cache(
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("a_dtype", "dtype"), FORMATS)
+def test_bits_are_the_same_in_waves(a_dtype: torch.dtype, dtype: torch.dtype, pairs: bool, sequences: int) -> None:
+    """Threads that share rows chunk by chunk, more of them than there are processors, beside one that has all rows."""
+    torch.manual_seed(0)
+    length, tail = 64 * 35 + 5, (150, 2) if pairs else (300,)
+    states = (sequences, *tail)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    a, x, dh = (torch.rand(sequences, length, *tail).sub_(0.2).to(each) for each in (a_dtype, dtype, dtype))
+    inputs = {"a": a, "x": x, "s": torch.rand(states, dtype=state), "dh": dh, "df": torch.rand(states, dtype=state)}
+
+    def results(threads: int, reverse: bool) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        found = run(inputs, reverse, None, CONFIGS[0])
+        # where nobody wants the gradient of a state, what is carried has no place among the results
+        da, dx, _ = native.backward(
+            dh, None, a, found[0], None, None, reverse=reverse, needs=(True, True, False), config=CONFIGS[0]
+        )
+        assert da is not None
+        assert dx is not None
+        return [*found, da, dx]
+
+    for reverse in (False, True):
+        expected = results(1, reverse)
+        for threads in (2, 2, 2, 4, 5):
+            assert all(torch.equal(got, wanted) for got, wanted in zip(results(threads, reverse), expected)), threads
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("columns", [1, 7, 70])

@@ -164,7 +164,7 @@ void run(const Problem& p) {
     Sequences sequences = g.sequences;
     // rows of pairs must fit where rows of numbers do
     sequences.block = std::min(sequences.block / parts<PAIRS>, fit - twice);
-    Tiling<S> tiling(sequences);
+    Tiling<S> tiling(sequences, sizeof(T) * parts<PAIRS>);
     // Fewer columns than fill a group go to the block before them: vectors of another width would round differently.
     if (tiling.blocks > 1 && sequences.columns - (tiling.blocks - 1) * tiling.width < twice) --tiling.blocks;
     auto tile = [&](int64_t number) {

@@ -1,6 +1,6 @@
-// h[t] = a[t] h[t-1] + x[t] and its gradient: threads over sequences and blocks of columns, rows streamed in time.
+// h[t] = a[t] h[t-1] + x[t] and its gradient: threads over sequences, and over the columns of few, rows streamed in time.
 // A complex row [D, 2] is a real row of 2 D columns with another product.
-#include "../rows.h"
+#include "../waves.h"
 
 namespace {
 
@@ -31,9 +31,9 @@ INLINE V multiply_add(V a, V s, V x) {
     else return a * s + x;
 }
 
-// Parts of rows that are in the cache are walked through in groups of vectors, each many rows down while its state stays
-// in registers: row by row, the hardware fetches what lies between the parts, which is another thread's. From memory,
-// rows arrive faster one by one.
+// Parts of rows that are in the cache, or a thread's with their neighbours, are walked through in groups of vectors, each
+// many rows down while its state stays in registers: row by row, the hardware fetches what lies between the parts. From
+// memory, rows arrive faster one by one.
 template <class S>
 constexpr int kGroup = 4 * kCacheLine / sizeof(S);
 constexpr int64_t kRowsOfGroup = 32;
@@ -190,8 +190,10 @@ void run(const Problem& p) {
     const bool backwards = p.sequences.reverse != backward;
     with_format(p, [&]<class A, class T, bool PAIRS>() {
         using S = StateOf<T>;
-        const Tiling<S> tiling(p.sequences);
-        const bool in_groups = p.in_cache && tiling.cuts_rows() && !tiling.around_cache();
+        const Waves<S> waves(p.sequences, sizeof(T), kGroup<S>);
+        const Tiling<S>& tiling = waves.tiling;
+        const bool in_waves = waves.chunks > 1;
+        const bool in_groups = in_waves || (p.in_cache && tiling.cuts_rows() && !tiling.around_cache());
         const void *x, *first;
         void* last;
         Strides x_strides;
@@ -202,6 +204,7 @@ void run(const Problem& p) {
             if (in_groups && t.columns >= kGroup<S>) with.template operator()<kGroup<S>>();
             else with_width<S, PAIRS>(t.columns, with);
         };
+        if (in_waves) return waves.walk(backwards, first, last, walk_through);
         auto summary = [&](const Tile& t, S* product, S* end) {
             constexpr int full = kVectorBytes / sizeof(S), least = PAIRS ? 2 : 1;
             auto f = summarise<A, T, PAIRS, full, backward, S>;

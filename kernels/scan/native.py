@@ -1,4 +1,4 @@
-"""The scan in C++ for CPUs: rows streamed in time, threads over sequences and blocks of columns. See native.cpp.
+"""The scan in C++ for CPUs: rows streamed in time, threads over sequences, and over the columns of few. See native.cpp.
 
 States are kept in float32 (float64 for float64), also where the sequences are float16 or bfloat16. The bits of the
 results depend neither on the number of threads nor on the config, but on how often it splits time.
