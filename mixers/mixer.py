@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixers.initial import fill_as_built
-from mixers.options import check_backend, check_types
+from mixers.options import check_backend, check_types, is_integer
 from mixers.state import Layout, State, layout_of, leaves, parts
 
 
@@ -233,11 +233,13 @@ def _remember_arguments(init: Any) -> Any:
     def wrapper(self: SequenceMixer, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
+        # numpy's integers are none of JSON's
+        bound.arguments |= {name: int(x) for name, x in bound.arguments.items() if is_integer(x)}
         remembered = dict(list(bound.arguments.items())[1:])
         check_types(_name(type(self)), init, remembered)
         # models have no ops of their own
         check_backend(getattr(self, "ops", ()), remembered.get("backend", "auto"))
-        init(self, *args, **kwargs)
+        init(*bound.args, **bound.kwargs)
         # the outermost constructor is the one that was called, and it comes last
         object.__setattr__(self, "_config", remembered)
 

@@ -41,6 +41,11 @@ def positive(who: str, **options: float | None) -> None:
             raise ValueError(f"{who}: {option} is {value}, expected more than 0")
 
 
+def is_integer(value: Any) -> bool:
+    """An int or numpy's; not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, bool) or not isinstance(value, Real):
         return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))

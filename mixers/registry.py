@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar, overload
 
 from mixers.mixer import SequenceMixer
+from mixers.options import is_integer
 
 Mixer = TypeVar("Mixer", bound=type[SequenceMixer])
 
@@ -74,7 +75,7 @@ def build(name: str, dim: int, **options: Any) -> SequenceMixer:
     for option in options:
         if option not in known:
             raise TypeError(f"{name}: no option {option!r}{suggest(option, known)}; there are {', '.join(known)}")
-    if not isinstance(dim, int) or dim < 1:
+    if not is_integer(dim) or dim < 1:
         raise ValueError(f"{name}: dim is {dim!r}, expected an integer of at least 1")
     return cls(dim, **options)
 

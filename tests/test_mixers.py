@@ -6,6 +6,7 @@ import json
 from importlib.metadata import EntryPoint
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,15 @@ def test_build_from_config_gives_the_same_layer() -> None:
     again.load_state_dict(layer.state_dict())
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(again(x)[0], layer(x)[0], rtol=0, atol=0)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    layer = mixers.build("hgrn", np.int64(8), short_conv=np.int32(3))
+    assert json.loads(json.dumps(layer.config())) == layer.config()
+    assert layer(torch.randn(1, 2, 8))[0].shape == (1, 2, 8)
+    for dim in (True, 8.0, np.float64(8), np.int64(0)):
+        with pytest.raises(ValueError, match="expected an integer of at least 1"):
+            mixers.build("hgrn", dim)
 
 
 @pytest.mark.parametrize("name", mixers.names())
