@@ -53,23 +53,24 @@ def test_every_row_is_added_once_and_few_digits_are_lost(tmp_path: Path) -> None
             assert error <= ulps * 2.0**-24 * rows**0.5
 
 
-# op, sizes but the channels', the channels' letter, rows, and the gradient that sums over these
+# op, sizes but the channels', the channels' letter, rows, the gradient that sums over these, and the digits that it may
+# lose, as multiples of the last one. What hgru sums are gates, whose own errors are 3.3 of it on AVX-512
 SUMMED = [
-    ("short_conv", {"W": 2}, "D", 2000, "weight"),
-    ("short_conv", {"W": 2}, "D", 2000, "bias"),
-    ("gated_norm", {"H": 1}, "V", 2000, "weight"),
-    ("gated_norm", {"H": 1}, "V", 2000, "bias"),
-    ("hgru", {}, "D", 600, "lower_bound"),
-    ("gla", {"H": 1, "V": 3, "J": 1}, "K", 600, "bonus"),
-    ("selective_scan", {"K": 1}, "D", 600, "D"),
+    ("short_conv", {"W": 2}, "D", 2000, "weight", 3),
+    ("short_conv", {"W": 2}, "D", 2000, "bias", 3),
+    ("gated_norm", {"H": 1}, "V", 2000, "weight", 3),
+    ("gated_norm", {"H": 1}, "V", 2000, "bias", 3),
+    ("hgru", {}, "D", 600, "lower_bound", 4),
+    ("gla", {"H": 1, "V": 3, "J": 1}, "K", 600, "bonus", 3),
+    ("selective_scan", {"K": 1}, "D", 600, "D", 3),
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "channels", "rows", "parameter"), SUMMED)
+@pytest.mark.parametrize(("name", "sizes", "channels", "rows", "parameter", "most"), SUMMED)
 def test_gradients_of_parameters_lose_few_digits(
-    name: str, sizes: dict[str, int], channels: str, rows: int, parameter: str
+    name: str, sizes: dict[str, int], channels: str, rows: int, parameter: str, most: int
 ) -> None:
-    """One row after the other, 600 rows would err by twice as much as they may here, and 2000 by four times as much."""
+    """One row after the other, 600 rows would lose 6, and 2000 rows 12."""
     op, backend = OPS[name], OPS[name].backend("native")
     sizes = {"B": 1, "T": rows, channels: 65, **sizes}
     problem = pose(op, "backward", sizes, dtype=torch.float32, device=CPU, bonus=True)
@@ -80,4 +81,4 @@ def test_gradients_of_parameters_lose_few_digits(
     assert found is not None
     assert exact is not None
     error = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert error <= 3 * 2.0**-24
+    assert error <= most * 2.0**-24
