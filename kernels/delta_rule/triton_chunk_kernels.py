@@ -28,12 +28,15 @@ from kernels.delta_rule.triton_chunk_tiles import (
     load_pairs,
     load_turned,
     lower,
+    over_groups,
     product,
     rows_left,
     store_block,
     store_blocks,
     store_inverse,
     store_turned,
+    to_groups,
+    turned,
 )
 from kernels.triton_chunks import chunk_rows, load_tile, load_vector, store_vector
 from kernels.triton_matrix import place
@@ -101,28 +104,32 @@ def delta_chunks(
     q, k, v, beta, log_decay, initial, inverses, reads, y, final, entering, errors, cu_seqlens, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     BLOCKS: tl.constexpr, BV: tl.constexpr, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
+    # what no group has to itself has half of the rows
+    INNER: tl.constexpr = BATCHED and not AHEAD
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
-    state = load_blocks(initial, n * H + h, K, V, values, BK, BLOCKS)
+    state = load_blocks(initial, n * H + h, K, V, values, BK, BLOCKS, AHEAD)
     # a number of 64 bits is two registers
     chunks = tl.cdiv(length, C).to(tl.int32)
     for c in range(0, chunks):
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
-        seen, out = tl.zeros([BV, C], tl.float32), tl.zeros([BV, C], tl.float32)
+        seen, out = (tl.zeros([2 * BV if AHEAD else BV, C], tl.float32),) * 2
         M = tl.zeros([C, C], tl.float32)
         for b in tl.static_range(BLOCKS):
-            key = load_keys(k, first, count, h, H, K, b, BK, C)
+            key = load_keys(k, first, count, h, H, K, b, BK, C, AHEAD)
             # these sums have room in B200's tensor memory, whatever the others are
-            seen = added(seen, state[b], tl.trans(key), NARROW, PRECISE, False)
+            seen = added(seen, state[b], turned(key), NARROW, PRECISE, AHEAD > 0)
             if y is not None:
                 # beside the other read, for the sake of registers
-                query = load_keys(q, first, count, h, H, K, b, BK, C)
-                out = added(out, state[b], tl.trans(query), NARROW, PRECISE, BATCHED)
+                query = load_keys(q, first, count, h, H, K, b, BK, C, AHEAD)
+                out = added(out, state[b], turned(query), NARROW, PRECISE, BATCHED)
                 if reads is None:
-                    M += product_of_inputs(query, tl.trans(key), NARROW, PRECISE)
+                    M += product_of_inputs(query, turned(key), NARROW, PRECISE)
+        seen, out = over_groups(seen, AHEAD), over_groups(out, AHEAD)
         prefix, suffix, total = decays(log_decay, first, count, h, H, C)
         error = load_turned(v, first, count, h, H, V, values, C) - seen * prefix[None, :]
-        error = product(error, tl.trans(load_inverse(inverses, index, C)), False, PRECISE, BATCHED)
+        error = product(error, tl.trans(load_inverse(inverses, index, C)), False, PRECISE, INNER)
         if errors is not None:
             store_turned(errors, first, count, h, H, V, values, error, C)
         u = error * load_vector(beta, first, count, h, H, C)[None, :]
@@ -131,20 +138,20 @@ def delta_chunks(
                 M *= between_rows(log_decay, first, count, h, H, C)
             else:
                 M = load_pairs(reads, index, lower(C), C)
-            out = out * prefix[None, :] + product(u, tl.trans(M), False, PRECISE, BATCHED)
+            out = out * prefix[None, :] + product(u, tl.trans(M), False, PRECISE, INNER)
             store_turned(y, first, count, h, H, V, values, out * SCALE, C)
-        u *= suffix[None, :]
+        u = to_groups(u * suffix[None, :], AHEAD)
         left = ()
         for b in tl.static_range(BLOCKS):
             if entering is not None:
-                store_block(entering, index, K, V, values, b, state[b], BK)
+                store_block(entering, index, K, V, values, b, state[b], BK, AHEAD)
             if BLOCKS > 1:
                 # once more, for the sake of registers
-                key = load_keys(k, first, count, h, H, K, b, BK, C)
+                key = load_keys(k, first, count, h, H, K, b, BK, C, AHEAD)
             left += (added(total * state[b], u, key, NARROW, PRECISE, BATCHED),)
         state = left
     if final is not None:
-        store_blocks(final, n * H + h, K, V, values, state, BK, BLOCKS)
+        store_blocks(final, n * H + h, K, V, values, state, BK, BLOCKS, AHEAD)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -152,48 +159,51 @@ def delta_chunks_back(
     dy, dfinal, q, k, beta, log_decay, inverses, reads, leaving, dvalues, dinitial, cu_seqlens, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     BLOCKS: tl.constexpr, BV: tl.constexpr, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
+    # what no group has to itself has half of the rows
+    INNER: tl.constexpr = BATCHED and not AHEAD
     n, h, _, values, begin, length, slot = place(cu_seqlens, T, H, V, C, BV)
-    dstate = load_blocks(dfinal, n * H + h, K, V, values, BK, BLOCKS)
+    dstate = load_blocks(dfinal, n * H + h, K, V, values, BK, BLOCKS, AHEAD)
     chunks = tl.cdiv(length, C).to(tl.int32)
     for back in range(0, chunks):
         c = chunks - 1 - back
         first, count, index = begin + c * C, rows_left(length, c, C), (slot + c) * H + h
         prefix, suffix, total = decays(log_decay, first, count, h, H, C)
-        du, kept = tl.zeros([BV, C], tl.float32), ()
+        du, kept = tl.zeros([2 * BV if AHEAD else BV, C], tl.float32), ()
         if BATCHED:
             out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
-            written = product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, BATCHED)
-            out *= prefix[None, :]
+            written = product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, INNER)
+            out = to_groups(out * prefix[None, :], AHEAD)
         for b in tl.static_range(BLOCKS):
-            key = load_keys(k, first, count, h, H, K, b, BK, C)
-            du = added(du, dstate[b], tl.trans(key), NARROW, PRECISE, False)
+            key = load_keys(k, first, count, h, H, K, b, BK, C, AHEAD)
+            du = added(du, dstate[b], turned(key), NARROW, PRECISE, AHEAD > 0)
             if BATCHED:
                 # no query waits beside the keys
-                store_block(leaving, index, K, V, values, b, dstate[b], BK)
-                query = load_keys(q, first, count, h, H, K, b, BK, C)
+                store_block(leaving, index, K, V, values, b, dstate[b], BK, AHEAD)
+                query = load_keys(q, first, count, h, H, K, b, BK, C, AHEAD)
                 kept += (added(total * dstate[b], out, query, NARROW, PRECISE, BATCHED),)
         if not BATCHED:
             out = load_turned(dy, first, count, h, H, V, values, C) * SCALE
-            written = product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, BATCHED)
-            out *= prefix[None, :]
-        du = (du * suffix[None, :] + written) * load_vector(beta, first, count, h, H, C)[None, :]
-        dvalue = product(du, load_inverse(inverses, index, C), False, PRECISE, BATCHED)
+            written = product(out, load_pairs(reads, index, lower(C), C), False, PRECISE, INNER)
+            out = to_groups(out * prefix[None, :], AHEAD)
+        du = (over_groups(du, AHEAD) * suffix[None, :] + written) * load_vector(beta, first, count, h, H, C)[None, :]
+        dvalue = product(du, load_inverse(inverses, index, C), False, PRECISE, INNER)
         store_turned(dvalues, first, count, h, H, V, values, dvalue, C)
         if not BATCHED:
             for b in tl.static_range(BLOCKS):
-                store_block(leaving, index, K, V, values, b, dstate[b], BK)
-                query = load_keys(q, first, count, h, H, K, b, BK, C)
+                store_block(leaving, index, K, V, values, b, dstate[b], BK, AHEAD)
+                query = load_keys(q, first, count, h, H, K, b, BK, C, AHEAD)
                 kept += (added(total * dstate[b], out, query, NARROW, PRECISE, BATCHED),)
-        dvalue *= -prefix[None, :]
+        dvalue = to_groups(-prefix[None, :] * dvalue, AHEAD)
         entered = ()
         for b in tl.static_range(BLOCKS):
             # once more, for the sake of registers
-            key = load_keys(k, first, count, h, H, K, b, BK, C)
+            key = load_keys(k, first, count, h, H, K, b, BK, C, AHEAD)
             entered += (added(kept[b], dvalue, key, NARROW, PRECISE, BATCHED),)
         dstate = entered
     if dinitial is not None:
-        store_blocks(dinitial, n * H + h, K, V, values, dstate, BK, BLOCKS)
+        store_blocks(dinitial, n * H + h, K, V, values, dstate, BK, BLOCKS, AHEAD)
 
 
 @triton.jit(do_not_specialize=["T", "N"])

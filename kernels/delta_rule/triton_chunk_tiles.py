@@ -21,13 +21,19 @@ def high_part(x):
 
 @triton.jit
 def dot(a, b, sums, BATCHED: tl.constexpr, PRECISE: tl.constexpr):
-    # sums + a @ b; BATCHED: 16 rows at a time, of which each warp has its own
+    # sums + a @ b; BATCHED: 16 rows at a time, of which each warp has its own. Groups of rows may have each their own b
     if BATCHED:
         G: tl.constexpr = a.shape[0] // 16
-        every = tl.broadcast_to(b[None, :, :], [G, b.shape[0], b.shape[1]])
-        found = tl.reshape(sums, [G, 16, b.shape[1]])
-        found = tl.dot(tl.reshape(a, [G, 16, a.shape[1]]), every, found, input_precision=PRECISE)
-        return tl.reshape(found, [a.shape[0], b.shape[1]])
+        groups: tl.constexpr = b.shape[0] if len(b.shape) == 3 else 1
+        n: tl.constexpr = b.shape[-2]
+        m: tl.constexpr = b.shape[-1]
+        if len(b.shape) == 3:
+            every = tl.reshape(tl.broadcast_to(b[:, None, :, :], [groups, G // groups, n, m]), [G, n, m])
+        else:
+            every = tl.broadcast_to(b[None, :, :], [G, n, m])
+        found = tl.reshape(sums, [G, 16, m])
+        found = tl.dot(tl.reshape(a, [G, 16, n]), every, found, input_precision=PRECISE)
+        return tl.reshape(found, [a.shape[0], m])
     else:
         return tl.dot(a, b, sums, input_precision=PRECISE)
 
@@ -36,7 +42,7 @@ def dot(a, b, sums, BATCHED: tl.constexpr, PRECISE: tl.constexpr):
 def product(a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.constexpr = False):
     # a @ b; NARROW: b has few digits. What is small comes first; Triton's own tf32x3 takes more registers
     if PRECISE == "tf32x3":
-        high, found = high_part(a), tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+        high, found = high_part(a), tl.zeros([a.shape[0], b.shape[-1]], tl.float32)
         if not NARROW:
             rest = b - high_part(b)
             b = high_part(b)
@@ -44,7 +50,7 @@ def product(a, b, NARROW: tl.constexpr, PRECISE: tl.constexpr, BATCHED: tl.const
         found = dot(a - high, b, found, BATCHED, "tf32")
         return dot(high, b, found, BATCHED, "tf32")
     else:
-        return tl.dot(a, b, input_precision=PRECISE)
+        return dot(a, b, tl.zeros([a.shape[0], b.shape[-1]], tl.float32), BATCHED, PRECISE)
 
 
 @triton.jit
@@ -66,7 +72,7 @@ def summed(sums, a, b, PRECISE: tl.constexpr, BATCHED: tl.constexpr):
         sums = dot(a - high, found, sums, BATCHED, "tf32")
         return dot(high, found, sums, BATCHED, "tf32")
     else:
-        return tl.dot(a, b, sums, input_precision=PRECISE)
+        return dot(a, b, sums, BATCHED, PRECISE)
 
 
 @triton.jit
@@ -82,12 +88,42 @@ def rows_left(length, c, C: tl.constexpr):
 
 
 @triton.jit
-def load_keys(tensor, first, count, h, H, K, b, BK: tl.constexpr, C: tl.constexpr):
-    # [C, keys] of tile b. Tiles differ in where they begin and share all places after it: those of each take registers
-    rows, keys = tl.arange(0, C), tl.arange(0, BK)
-    inside = (rows < count)[:, None] & (keys < K - b * BK)[None, :]
+def load_keys(tensor, first, count, h, H, K, b, BK: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr = 0):
+    # [C, keys] of tile b. Tiles differ in where they begin and share all places after it: those of each take registers.
+    # [2, C, keys] of two groups, the second AHEAD keys after the first
     begin = tensor + ((first * H + h) * K + b * BK)
-    return tl.load(begin + (rows[:, None] * (H * K) + keys[None, :]), inside, other=0.0).to(tl.float32)
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    if AHEAD:
+        keys = tl.arange(0, 2)[:, None, None] * AHEAD + keys[None, None, :]
+        inside = (rows < count)[None, :, None] & (keys < K - b * BK)
+        return tl.load(begin + (rows[None, :, None] * (H * K) + keys), inside, other=0.0).to(tl.float32)
+    else:
+        inside = (rows < count)[:, None] & (keys < K - b * BK)[None, :]
+        return tl.load(begin + (rows[:, None] * (H * K) + keys[None, :]), inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def turned(x):
+    # Of each group
+    return tl.trans(x, 0, 2, 1) if len(x.shape) == 3 else tl.trans(x)
+
+
+@triton.jit
+def over_groups(parts, AHEAD: tl.constexpr):
+    # [values, C]: sums over the keys of all groups
+    if AHEAD:
+        return tl.sum(tl.reshape(parts, [2, parts.shape[0] // 2, parts.shape[1]]), 0)
+    else:
+        return parts
+
+
+@triton.jit
+def to_groups(x, AHEAD: tl.constexpr):
+    # The same to both groups of keys
+    if AHEAD:
+        return tl.reshape(tl.broadcast_to(x[None, :, :], [2, x.shape[0], x.shape[1]]), [2 * x.shape[0], x.shape[1]])
+    else:
+        return x
 
 
 @triton.jit
@@ -118,26 +154,53 @@ def load_state(states, index, K, V, keys, values):
 
 
 @triton.jit
-def load_blocks(states, index, K, V, values, BK: tl.constexpr, BLOCKS: tl.constexpr):
+def load_blocks(states, index, K, V, values, BK: tl.constexpr, BLOCKS: tl.constexpr, AHEAD: tl.constexpr = 0):
     # The same, BK keys to each tile of a tuple
     blocks = ()
     for b in tl.static_range(BLOCKS):
-        blocks += (load_state(states, index, K, V, b * BK + tl.arange(0, BK), values),)
+        if AHEAD:
+            blocks += (load_groups(states, index, K, V, values, b, BK, AHEAD),)
+        else:
+            blocks += (load_state(states, index, K, V, b * BK + tl.arange(0, BK), values),)
     return blocks
 
 
 @triton.jit
-def store_block(states, index, K, V, values, b, block, BK: tl.constexpr):
-    # Tile b of a state; of places, see load_keys
-    keys = tl.arange(0, BK)
-    inside = (values < V)[:, None] & (keys < K - b * BK)[None, :]
-    tl.store(states + (index * K + b * BK) * V + (keys[None, :] * V + values[:, None]), block, inside)
+def in_groups(K, V, values, b, BK: tl.constexpr, AHEAD: tl.constexpr):
+    # Places in a state from tile b on, and which there are: [2 values, keys]
+    BV: tl.constexpr = values.shape[0]
+    keys = tl.arange(0, 2)[:, None, None] * AHEAD + tl.arange(0, BK)[None, None, :]
+    inside = (values < V)[None, :, None] & (keys < K - b * BK)
+    places = keys * V + values[None, :, None]
+    return tl.reshape(places, [2 * BV, BK]), tl.reshape(inside, [2 * BV, BK])
 
 
 @triton.jit
-def store_blocks(states, index, K, V, values, blocks, BK: tl.constexpr, BLOCKS: tl.constexpr):
+def load_groups(states, index, K, V, values, b, BK: tl.constexpr, AHEAD: tl.constexpr):
+    if states is None:
+        return tl.zeros([2 * values.shape[0], BK], tl.float32)
+    else:
+        places, inside = in_groups(K, V, values, b, BK, AHEAD)
+        return tl.load(states + (index * K + b * BK) * V + places, inside, other=0.0)
+
+
+@triton.jit
+def store_block(states, index, K, V, values, b, block, BK: tl.constexpr, AHEAD: tl.constexpr = 0):
+    # Tile b of a state; of places, see load_keys
+    begin = states + (index * K + b * BK) * V
+    if AHEAD:
+        places, inside = in_groups(K, V, values, b, BK, AHEAD)
+        tl.store(begin + places, block, inside)
+    else:
+        keys = tl.arange(0, BK)
+        inside = (values < V)[:, None] & (keys < K - b * BK)[None, :]
+        tl.store(begin + (keys[None, :] * V + values[:, None]), block, inside)
+
+
+@triton.jit
+def store_blocks(states, index, K, V, values, blocks, BK: tl.constexpr, BLOCKS: tl.constexpr, AHEAD: tl.constexpr = 0):
     for b in tl.static_range(BLOCKS):
-        store_block(states, index, K, V, values, b, blocks[b], BK)
+        store_block(states, index, K, V, values, b, blocks[b], BK, AHEAD)
 
 
 @triton.jit

@@ -65,11 +65,15 @@ def cannot(problem: Problem) -> list[str]:
     """
     K, V = problem.sizes["K"], problem.sizes["V"]
     # float32 takes two parts in registers, and so do its decays
-    reasons = misfits(problem, 64 if by_key(problem) and problem.dtypes["q"].itemsize == 4 else 128)
+    narrow = problem.dtypes["q"].itemsize == 2
+    reasons = misfits(problem, (128 if narrow else 64) if by_key(problem) else (256 if narrow else 128))
     if scaled(problem) and K > 64 and (K % 32 or V % HALF):
         # masks and places that are not aligned spill 8 to 16 bytes on A100, H100 and B200
         whole = f"chunks of more than 64 keys in float32, or with a decay each, are for multiples of 32 and {HALF}"
         reasons.append(f"axes K, V are {K}, {V}; {whole}")
+    if 128 < K <= 256 and (K % 64 or V % HALF):
+        # two groups of tiles of 32, without masks
+        reasons.append(f"axes K, V are {K}, {V}; chunks of more than 128 keys are for multiples of 64 and {HALF}")
     return reasons
 
 
@@ -94,12 +98,15 @@ def configs(problem: Problem) -> list[dict[str, int]]:
 
     chunk: its rows. values: of the state, to a program of a walk, which has a warp for each 16 of them; its keys are
     in tiles of `keys`. Of up to 64 keys forward 64 values where there are no more; fewer would need more registers for
-    the keys, and so would 64 in the walk against time. Of more keys in two parts, what fills all programs.
+    the keys, and so would 64 in the walk against time. Of more keys in two parts, what fills all programs. More than
+    128 keys are halved: two warps for each 16 values.
     """
     if cannot(problem):
         return []
     K, V = problem.sizes["K"], problem.sizes["V"]
-    if scaled(problem) and K > 64:
+    if K > 128:
+        chosen = [64]
+    elif scaled(problem) and K > 64:
         chosen = [64] if V % 128 else [128]
     elif by_key(problem) or (scaled(problem) and K > 32):
         chosen = [64]
@@ -172,7 +179,9 @@ class Chunks:
         self.by_key = log_decay is not None and log_decay.shape[3] > 1
         self.kernels = BY_KEY if self.by_key else SHARED
         self.BK, self.BV = config["keys"], config["values"]
-        self.blocks = -(-self.keys // self.BK)
+        # of more than 128 keys, half of them belong to other warps; 0 where they are not in groups
+        self.ahead = self.keys // 2 if self.keys > 128 else 0
+        self.blocks = -(-(self.ahead or self.keys) // self.BK)
         # B200 has no room for 128 values and the places of rows that are not aligned, or masks of keys
         self.tiles_on_b200 = target == "sm_100" and self.blocks > 1
         # of more than 64 keys in float32, or with a decay each, its states are in registers, of 64 values too
@@ -180,7 +189,7 @@ class Chunks:
         if self.tiles_on_b200 and not self.many_scaled and (self.values % 16 or self.keys % self.BK):
             self.BV = min(self.BV, HALF)
         # a program that fills the tensor memory is alone on its multiprocessor
-        self.warps = 8 if self.tiles_on_b200 else self.BV // 16
+        self.warps = 8 if self.tiles_on_b200 or self.ahead else self.BV // 16
         precise = "tf32x3" if target.startswith("sm_") else "ieee"
         self.sizes = {
             "cu_seqlens": self.cu_seqlens,
@@ -195,7 +204,7 @@ class Chunks:
             "BLOCKS": self.blocks,
             "BV": self.BV,
             "PRECISE": precise,
-            "BATCHED": self.tiles_on_b200 and (self.BV > HALF or self.many_scaled),
+            "BATCHED": bool(self.ahead) or (self.tiles_on_b200 and (self.BV > HALF or self.many_scaled)),
         }
         if not self.by_key:
             # numbers of 16 bits are numbers of tf32
@@ -230,7 +239,7 @@ class Chunks:
         inverses = self._pairs()
         # made by the walk itself where that moves less and has room for it
         crowded = self.by_key or (self.q.element_size() == 4 and self.blocks > 1)
-        reads = self._pairs() if self.tiles_on_b200 or crowded else None
+        reads = self._pairs() if self.tiles_on_b200 or crowded or self.ahead else None
         return [self._products(inverses, reads, None), self._walk(inverses, reads=reads, y=y, final=final)]
 
     def backward(self, dy: Tensor, dfinal: Tensor | None, found: Mapping[str, Tensor | None]) -> list[Launch]:
@@ -245,6 +254,7 @@ class Chunks:
             back |= {"BV": HALF, "BK": 16, "BLOCKS": -(-self.keys // 16)}
         own = {"overlaps": overlaps, "entering": entering, "errors": errors, "N": self.sequences}
         own |= {f"d{name}": found[name] for name in self.rows}
+        back |= self._groups()
         # all keys and values of a chunk, so many at a time; its products have as many rows as there are keys
         keys = max(16, triton.next_power_of_2(self.keys))
         own = {**given, **own, "BK": keys, "BV": 16}
@@ -276,6 +286,9 @@ class Chunks:
         C = self.config["chunk"]
         return self.q.new_empty(self.chunks, self.heads, C, C, dtype=torch.float32)
 
+    def _groups(self) -> dict[str, Any]:
+        return {} if self.by_key else {"AHEAD": self.ahead}
+
     def _given(self, *names: str) -> dict[str, Tensor | None]:
         return {name: self.rows[name] for name in names}
 
@@ -289,7 +302,7 @@ class Chunks:
 
     def _walk(self, inverses: Tensor, **written: Tensor | None) -> Launch:
         given = {**self.rows, "initial": self.initial, "inverses": inverses}
-        given |= dict.fromkeys(("reads", "y", "final", "entering", "errors")) | written
+        given |= dict.fromkeys(("reads", "y", "final", "entering", "errors")) | written | self._groups()
         return self._launch(self.kernels.walk, self.walks(self.BV), {**given, **self.sizes}, self.warps)
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], warps: int) -> Launch:

@@ -46,7 +46,14 @@ def test_default_configs(op: str, direction: str, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "dtype, keys, per_key",
-    [(BFLOAT16, 64, False), (BFLOAT16, 128, False), (FLOAT32, 128, False), (BFLOAT16, 128, True), (FLOAT32, 64, True)],
+    [
+        (BFLOAT16, 64, False),
+        (BFLOAT16, 128, False),
+        (BFLOAT16, 256, False),
+        (FLOAT32, 128, False),
+        (BFLOAT16, 128, True),
+        (FLOAT32, 64, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -93,6 +100,15 @@ def test_chunks_of_many_keys_in_two_parts(
 ) -> None:
     for values in (64, 128, 192):
         check("delta_rule", target, direction, 0, dtype, keys, values, chunks=True, per_key=per_key, **facts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("facts", [{}, {"packed": True}, {"log_decay": False, "initial_state": False}], ids=str)
+@pytest.mark.parametrize("keys, values", [(192, 192), (256, 512)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_chunks_of_keys_in_groups(direction: str, keys: int, values: int, facts: dict[str, Any], target: str) -> None:
+    check("delta_rule", target, direction, 0, BFLOAT16, keys, values, chunks=True, per_key=False, **facts)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -110,6 +110,10 @@ WIDE = [
     {"target": "sm_100", "keys": 128, "dtype": tc.FLOAT32, **PACKED},
     {"target": "sm_100", "keys": 96, "dtype": tc.BFLOAT16, **PACKED, "values": 128},
     {"target": "sm_90", "keys": 96, "dtype": tc.FLOAT32, **PACKED},
+    # in groups
+    {"target": "sm_100", "keys": 256, "dtype": tc.BFLOAT16, **PACKED},
+    {"target": "gfx942", "keys": 192, "dtype": tc.FLOAT16, **PACKED, "packed": False},
+    {"target": "sm_90", "keys": 256, "dtype": tc.FLOAT16, **PACKED, "log_decay": False, "initial_state": False},
 ]
 
 
@@ -178,6 +182,7 @@ LIMITS = {
     (tc.BFLOAT16, 64, "sm_90", False): (1.01, 1.22),
     (tc.BFLOAT16, 128, "sm_90", False): (1.2, 1.14),
     (tc.BFLOAT16, 128, "sm_100", False): (1.43, 1.14),
+    (tc.BFLOAT16, 256, "sm_90", False): (3.25, 1.19),
     (tc.BFLOAT16, 64, "sm_90", True): (1.48, 1.27),
     (tc.BFLOAT16, 128, "sm_90", True): (1.48, 1.18),
     (tc.BFLOAT16, 128, "sm_100", True): (1.48, 1.26),
