@@ -53,9 +53,16 @@ def test_chunks(direction: str, dtype: torch.dtype, config: int, target: str) ->
     check(target, direction, config, dtype, 128, chunks=True, packed=True, bonus=True)
     check(target, direction, config, dtype, 128, chunks=True, values=128)
     check(target, direction, config, dtype, 256, chunks=True, values=256)
+    check(target, direction, config, dtype, 256, chunks=True, values=256, per_key=False)
     check(target, direction, config, dtype, 128, chunks=True, values=128, per_key=False, bonus=True)
     check(target, direction, config, dtype, chunks=True, per_key=False)
     check(target, direction, config, dtype, chunks=True, log_decay=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("facts", [{"per_key": False}, {"log_decay": False, "bonus": True}], ids=str)
+def test_wide_states_in_chunks(facts: dict[str, Any], target: str) -> None:
+    check(target, "forward", 0, FLOAT32, 256, chunks=True, values=256, **facts)
 
 
 @pytest.mark.long
